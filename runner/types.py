@@ -67,6 +67,21 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What a row asks: text, chat messages or token ids, exactly one of them."""
+
+    text: str | None = None
+    messages: Sequence[Message] | None = None
+    """Goes through the model's chat template, with a generation prompt at its end."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        given = [value is not None for value in (self.text, self.messages, self.token_ids)]
+        assert sum(given) == 1, "a prompt is text, messages or token ids"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt in token ids and how to sample from it: the unit that the engine takes."""
 

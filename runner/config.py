@@ -1,0 +1,125 @@
+"""The typed configuration: the fixed parts field by field, the swappable parts as `_target_` nodes.
+
+Standard library only, so that composing a configuration never imports mlx. A string under a field
+says what it does; `???` is Hydra's mark for a value that has to be given.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MISSING = "???"
+
+
+@dataclass
+class ModelConfig:
+    """Which weights and tokenizer (`model=`)."""
+
+    path: str = MISSING
+    """A local directory, a `.gguf` file, a Hugging Face id, or `pkg://package/file.gguf`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id."""
+    dtype: str = "auto"
+    """auto (float32 on CPU, the model's own elsewhere), float32, bfloat16 or float16."""
+    max_model_len: int | None = None
+    """Prompt and completion together, in tokens; null takes what the model states."""
+
+
+@dataclass
+class EngineConfig:
+    """How the batch is run (`engine=`); nothing here changes what a row gets."""
+
+    max_batch_size: int = 32
+    """Rows decoded together."""
+    prefill_step_size: int = 2048
+    """Prompt tokens, pads included, forwarded at once."""
+
+
+@dataclass
+class SamplingConfig:
+    """How tokens are drawn (`sampling=`); see `runner.SamplingParams`."""
+
+    n: int = 1
+    """Completions per prompt; the group size of a rollout."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_p: float = 1.0
+    """Keeps the smallest set of most likely tokens with at least this mass."""
+    top_k: int = 0
+    """Keeps the k most likely tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Drops tokens less likely than this fraction of the most likely one."""
+    max_tokens: int | None = 256
+    """Tokens per completion at most; null fills the context."""
+    seed: int = 0
+    """Same seed, same draws, whatever the batch size, the order or the machine's load."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Token ids that end a completion, besides the model's own."""
+    ignore_eos: bool = False
+    """Goes on past the model's end-of-sequence tokens."""
+    include_stop_str_in_output: bool = False
+    """Leaves the stop string at the end of the text."""
+    skip_special_tokens: bool = True
+    """Leaves special tokens out of the text."""
+
+
+@dataclass
+class DataConfig:
+    """Which rows, and how a row becomes a prompt (`data=`)."""
+
+    _target_: str = "runner.data.Dataset"
+    path: str = MISSING
+    """A .parquet, .jsonl, .jsonl.gz or .arrow file, a directory or glob of them, a Hugging Face
+    dataset id, or `pkg://package/file.jsonl`."""
+    name: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    split: str | None = None
+    """Split of a Hugging Face dataset; null means train."""
+    id_column: str | None = None
+    """Column with a name for each row; null names a row by its prompt's digest."""
+    prompt_column: str | None = None
+    """Column with the prompt's text."""
+    messages_column: str | None = None
+    """Column with chat messages, a list of {role, content}."""
+    token_ids_column: str | None = None
+    """Column with prompts that are tokenised already, a list of int."""
+    prompt_template: str | None = None
+    """Jinja template over the row's columns; its text is the prompt."""
+    chat: bool = False
+    """Sends the prompt's text as a user message through the model's chat template."""
+    system_prompt: str | None = None
+    """System message before the others; needs `chat` or `messages_column`."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further variables for the chat template, such as enable_thinking."""
+    limit: int | None = None
+    """Rows to take at most."""
+    offset: int = 0
+    """Rows to skip first."""
+    shuffle_seed: int | None = None
+    """Shuffles the rows with this seed, before offset and limit."""
+
+
+@dataclass
+class OutputConfig:
+    """Where results go (`output=`)."""
+
+    _target_: str = "runner.data.ResultWriter"
+    _partial_: bool = True
+    dir: str = MISSING
+    """Directory of the results; one that holds other results is refused."""
+    shard_rows: int = 4096
+    """Result rows in one part file."""
+
+
+@dataclass
+class Config:
+    """The root: one node per group."""
+
+    job: Any = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: Any = MISSING
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    output: Any = MISSING
+    reward: Any = None
