@@ -1,0 +1,128 @@
+"""The rows of the batch: which sequence stands where, and what the next forward needs of it."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from runner.engine.sampler import Samples, SamplingTable, uniforms
+from runner.engine.sequence import Draw, Sequence
+from runner.types import Logprob
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A step that is launched and not yet read: its samples, and whose they are."""
+
+    samples: Samples
+    rows: list[tuple[int, Sequence]]
+
+    def read(self) -> list[tuple[Sequence, Draw]]:
+        """Waits for the step; what it drew for each of its rows."""
+        packed = np.array(self.samples.packed)
+        floats = packed.view(np.float32)
+        return [(s, _draw(packed[row], floats[row], s)) for row, s in self.rows]
+
+
+def _draw(row: np.ndarray, floats: np.ndarray, sequence: Sequence) -> Draw:
+    """One row of `Samples.packed`, as integers and as floats."""
+    token_id, raw = int(row[0]), float(floats[1])
+    wanted = sequence.request.params.logprobs
+    if wanted is None:
+        return Draw(token_id, raw, float(floats[2]))
+    num_top = (len(row) - 4) // 2
+    logprobs = {token_id: Logprob(raw, int(row[3]))}
+    for rank in range(min(wanted, num_top)):
+        logprobs.setdefault(
+            int(row[4 + rank]), Logprob(float(floats[4 + num_top + rank]), rank + 1)
+        )
+    return Draw(token_id, raw, float(floats[2]), logprobs)
+
+
+class Batch:
+    """A table of row slots; a slot is empty or holds one sequence."""
+
+    def __init__(self, *, max_batch_size: int, vocab_size: int) -> None:
+        self._max_batch_size = max_batch_size
+        self._vocab_size = vocab_size
+        self.rows: list[Sequence | None] = []
+        self._token_ids = mx.zeros((0,), mx.int32)
+        self._table: SamplingTable | None = None
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The sequences in flight, in row order."""
+        return [sequence for sequence in self.rows if sequence is not None]
+
+    @property
+    def num_free_rows(self) -> int:
+        """Slots that a new sequence could take."""
+        return self._max_batch_size - len(self.sequences)
+
+    @property
+    def wants_forward(self) -> bool:
+        """Whether any row has a token left to sample."""
+        return any(sequence.wants_forward for sequence in self.sequences)
+
+    def place(self, sequence: Sequence) -> None:
+        """Puts a sequence into the first empty slot."""
+        assert self.num_free_rows > 0, "no row is free"
+        if None not in self.rows:
+            self.rows.append(None)
+        sequence.row = self.rows.index(None)
+        self.rows[sequence.row] = sequence
+        self._table = None
+
+    def release(self, sequence: Sequence) -> None:
+        """Empties the slot of a finished sequence."""
+        self.rows[sequence.row] = None
+        self._table = None
+
+    def compact(self) -> list[int]:
+        """Closes the gaps; returns the old slot of each row that is left."""
+        kept = [sequence.row for sequence in self.sequences]
+        self._token_ids = self._sampled()
+        self.rows = [self.rows[row] for row in kept]
+        for row, sequence in enumerate(self.sequences):
+            sequence.row = row
+        self._token_ids = self._token_ids[mx.array(kept)]
+        self._table = None
+        return kept
+
+    def positions(self) -> list[int]:
+        """The column that each slot's next forward writes; 0 where nothing is wanted."""
+        return [s.position if s is not None and s.wants_forward else 0 for s in self.rows]
+
+    def _sampled(self) -> mx.array:
+        """The last sampled tokens, with a zero for each slot that has come since."""
+        return mx.pad(self._token_ids, (0, len(self.rows) - self._token_ids.shape[0]))
+
+    def input_token_ids(self) -> mx.array:
+        """(B,) int32: the last sampled token of each row, or the last one of its prompt."""
+        sampled = self._sampled()
+        fresh = [s is not None and s.num_launched == 0 for s in self.rows]
+        if not any(fresh):
+            return sampled
+        last = [s.request.prompt_token_ids[-1] if s is not None else 0 for s in self.rows]
+        return mx.where(mx.array(fresh), mx.array(last, mx.int32), sampled)
+
+    def table(self) -> SamplingTable:
+        """The sampling parameters of the rows."""
+        if self._table is None:
+            params = [s.request.params if s is not None else None for s in self.rows]
+            self._table = SamplingTable.build(params, self._vocab_size)
+        return self._table
+
+    def uniforms(self) -> mx.array:
+        """(B,) float32: each row's uniform for its next draw."""
+        streams = np.array([s.stream if s is not None else 0 for s in self.rows], np.uint64)
+        counters = np.array([s.num_launched if s is not None else 0 for s in self.rows], np.uint64)
+        return uniforms(streams, counters)
+
+    def launched(self, samples: Samples) -> InFlight:
+        """Notes that a step for the rows that wanted one is on its way."""
+        rows = [(s.row, s) for s in self.sequences if s.wants_forward]
+        for _, sequence in rows:
+            sequence.num_launched += 1
+        self._token_ids = samples.token_ids
+        return InFlight(samples, rows)

@@ -1,0 +1,251 @@
+"""The engine: requests in, completions out, one batch of padded rows between them."""
+
+from collections.abc import Collection, Iterable, Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from runner.engine.batch import Batch, InFlight
+from runner.engine.model_runner import ModelRunner, Prefill, ReadyPrompt
+from runner.engine.sampler import sample
+from runner.engine.scheduler import Scheduler
+from runner.engine.sequence import Sequence
+from runner.engine.stats import EngineStats
+from runner.engine.stop import Decode, StopStringMatcher
+from runner.errors import ParameterError, PromptError
+from runner.types import Completion, Request
+
+
+class Engine:
+    """Continuous batching over padded row slots, aligned at column 0.
+
+    Knows token ids only: no text (stop strings come with a `decode`), no files, no HTTP. One
+    thread may use it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_batch_size: int = 32,
+        prefill_step_size: int = 2048,
+        max_model_len: int | None = None,
+        eos_token_ids: Collection[int] = (),
+        decode: Decode | None = None,
+    ) -> None:
+        """Takes a model with mlx-lm's interface.
+
+        Args:
+            model: maps (B, L) token ids and a list of caches to (B, L, V) logits.
+            max_batch_size: rows decoded together.
+            prefill_step_size: prompt tokens, pads included, forwarded at once.
+            max_model_len: tokens of prompt and completion together; None for no limit.
+            eos_token_ids: tokens that end every row that does not set `ignore_eos`.
+            decode: token ids -> text; needed for stop strings alone.
+
+        Raises:
+            ModelError: a layer of the model keeps a kind of past that is not covered.
+            ParameterError: a size is below 1.
+        """
+        for name, size in (
+            ("max_batch_size", max_batch_size),
+            ("prefill_step_size", prefill_step_size),
+            ("max_model_len", 1 if max_model_len is None else max_model_len),
+        ):
+            if size < 1:
+                raise ParameterError(f"{name}={size} is not allowed: at least 1")
+        self.max_model_len = max_model_len
+        self.stats = EngineStats()
+        self._eos = frozenset(eos_token_ids)
+        self._decode = decode
+        self._runner = ModelRunner(model, prefill_step_size=prefill_step_size)
+        self._scheduler = Scheduler(max_batch_size=max_batch_size)
+        self._batch = Batch(max_batch_size=max_batch_size, vocab_size=self._runner.vocab_size)
+        self._prefill: Prefill | None = None
+        self._ready: list[ReadyPrompt] = []
+        self._in_flight: InFlight | None = None
+        self._aborting: set[str] = set()
+
+    @property
+    def wants_requests(self) -> bool:
+        """Whether adding more requests now keeps the batch full later."""
+        return self._scheduler.wants_requests
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request has samples that are not finished."""
+        waiting = len(self._scheduler) or self._prefill or self._ready
+        return bool(waiting or self._batch.sequences)
+
+    def add(self, request: Request) -> None:
+        """Takes a request.
+
+        Raises:
+            PromptError: the prompt is empty, leaves no room in the context or holds a token id
+                that the vocabulary does not have.
+            ParameterError: stop strings without a `decode`.
+        """
+        self._check(request)
+        self.stats.num_requests += 1
+        self._scheduler.add(request)
+
+    def _check(self, request: Request) -> None:
+        length, most = len(request.prompt_token_ids), self.max_model_len
+        if length == 0:
+            raise PromptError("the prompt has no tokens")
+        if most is not None and length >= most:
+            raise PromptError(f"the prompt has {length} tokens; the context holds {most} in all")
+        for token_id in request.prompt_token_ids:
+            if not 0 <= token_id < self._runner.vocab_size:
+                size = self._runner.vocab_size
+                raise PromptError(f"token id {token_id} is not in the vocabulary of {size}")
+        if request.params.stop and self._decode is None:
+            raise ParameterError("stop strings need an engine that was given `decode`")
+        if request.params.max_tokens is None and most is None:
+            raise ParameterError("max_tokens=None needs an engine that was given max_model_len")
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
+        """Runs requests, pulled as they are needed; yields each sample as it finishes."""
+        source = iter(requests)
+        more = True
+        while more or self.has_unfinished:
+            while more and self.wants_requests:
+                request = next(source, None)
+                more = request is not None
+                if request is not None:
+                    self.add(request)
+            yield from self.step()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request: its unfinished samples come out of the next step as `abort`."""
+        self._aborting.add(request_id)
+        waiting = self._scheduler.remove(request_id)
+        if waiting is not None:
+            self._ready.append(ReadyPrompt(waiting, caches=[], row=0))
+
+    def step(self) -> list[Completion]:
+        """Prefills a chunk, launches a decode of all rows, reads the decode before that."""
+        aborted = self._end_aborted()
+        self._advance_prefill()
+        self._start_ready()
+        launched = self._launch()
+        finished = self._collect()
+        self._in_flight = launched
+        return aborted + finished
+
+    def _advance_prefill(self) -> None:
+        if self._prefill is None and not self._ready:
+            requests = self._scheduler.next_prompts(self._batch.num_free_rows)
+            if requests:
+                self._prefill = self._runner.start_prefill(requests)
+        if self._prefill is None:
+            return
+        self.stats.num_prefill_tokens += self._runner.prefill_chunk(self._prefill)
+        if self._prefill.num_left == 0:
+            self._ready += self._ready_prompts(self._prefill)
+            self._prefill = None
+
+    def _ready_prompts(self, prefill: Prefill) -> list[ReadyPrompt]:
+        self.stats.num_prompt_tokens += sum(len(r.prompt_token_ids) for r in prefill.requests)
+        return [ReadyPrompt(r, prefill.caches, row) for row, r in enumerate(prefill.requests)]
+
+    def _start_ready(self) -> None:
+        """Starts as many samples of prefilled prompts as there are free rows."""
+        while self._ready and self._batch.num_free_rows:
+            prompt = self._ready[0]
+            indices = range(prompt.num_started, prompt.request.params.n)
+            started = [self._sequence(prompt.request, i) for i in indices]
+            started = started[: self._batch.num_free_rows]
+            for sequence in started:
+                self._batch.place(sequence)
+            self._reserve()
+            self._runner.fork(prompt, [sequence.row for sequence in started])
+            prompt.num_started += len(started)
+            if prompt.num_left == 0:
+                self._ready.pop(0)
+
+    def _room(self, request: Request) -> int | None:
+        """Tokens that the context has left after the prompt; None where it has no limit."""
+        most = self.max_model_len
+        return None if most is None else most - len(request.prompt_token_ids)
+
+    def _sequence(self, request: Request, index: int) -> Sequence:
+        params = request.params
+        most = [params.max_tokens, self._room(request)]
+        stop_token_ids = frozenset(params.stop_token_ids)
+        return Sequence(
+            request,
+            index,
+            max_tokens=min(limit for limit in most if limit is not None),
+            stop_token_ids=stop_token_ids | (frozenset() if params.ignore_eos else self._eos),
+            stop_matcher=StopStringMatcher(params.stop, self._decode)
+            if params.stop and self._decode
+            else None,
+        )
+
+    def _reserve(self) -> None:
+        columns = max(sequence.position for sequence in self._batch.sequences) + 1
+        self._runner.reserve(len(self._batch.rows), columns)
+
+    def _launch(self) -> InFlight | None:
+        """Sends the next decode on its way, without waiting for the one before it."""
+        batch = self._batch
+        if not batch.wants_forward or self._fills_up_first():
+            return None
+        self._compact()
+        self._reserve()
+        logits = self._runner.decode(batch.input_token_ids(), batch.positions())
+        samples = sample(logits, batch.table(), batch.uniforms())
+        mx.async_eval(samples.packed, samples.token_ids)  # type: ignore[no-untyped-call]
+        self.stats.num_steps += 1
+        self.stats.num_row_steps += len(batch.rows)
+        return batch.launched(samples)
+
+    def _fills_up_first(self) -> bool:
+        """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
+        coming = self._prefill is not None or (len(self._scheduler) > 0 and not self._ready)
+        return coming and self._batch.num_free_rows > len(self._batch.sequences)
+
+    def _compact(self) -> None:
+        """Drops empty slots once they are half of the batch and nothing waits to fill them."""
+        batch = self._batch
+        coming = len(self._scheduler) or self._prefill or self._ready
+        if not coming and len(batch.sequences) <= len(batch.rows) // 2:
+            self._runner.caches.keep_rows(batch.compact())
+
+    def _collect(self) -> list[Completion]:
+        """Reads the step in flight; the rows that it ended."""
+        if self._in_flight is None:
+            return []
+        finished: list[Sequence] = []
+        for sequence, draw in self._in_flight.read():
+            if sequence.finish_reason is not None:
+                continue
+            sequence.push(draw)
+            self.stats.num_completion_tokens += 1
+            if sequence.finish_reason is not None:
+                finished.append(sequence)
+                self._release(sequence)
+        return [sequence.completion() for sequence in finished]
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.finish_reason == "error":
+            self._runner.caches.clear_row(sequence.row)
+        self._batch.release(sequence)
+
+    def _end_aborted(self) -> list[Completion]:
+        if not self._aborting:
+            return []
+        ended = [s for s in self._batch.sequences if s.request.request_id in self._aborting]
+        for sequence in ended:
+            self._batch.release(sequence)
+        for prompt in [p for p in self._ready if p.request.request_id in self._aborting]:
+            unstarted = range(prompt.num_started, prompt.request.params.n)
+            ended += [self._sequence(prompt.request, i) for i in unstarted]
+            self._ready.remove(prompt)
+        for sequence in ended:
+            sequence.finish_reason = "abort"
+        # A request in the middle of its prefill is ended once it is ready.
+        prefilling = self._prefill.requests if self._prefill is not None else []
+        self._aborting &= {request.request_id for request in prefilling}
+        return [sequence.completion() for sequence in ended]

@@ -1,0 +1,102 @@
+"""Forwards: prompts into caches of their own, then all rows of the batch together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from runner.engine.kv_cache import PromptKVCache, RowKVCaches, layer_kinds
+from runner.types import Request
+
+
+@dataclass(slots=True)
+class Prefill:
+    """Prompts being prefilled together, all but the last token of each.
+
+    The last token is the row's first decode input, so that every logit that is sampled from comes
+    out of the same forward, and prefill never projects onto the vocabulary.
+    """
+
+    requests: list[Request]
+    caches: list[PromptKVCache]
+    token_ids: mx.array
+    """(P, L) int32, padded on the right."""
+    num_done: int = 0
+    """Columns forwarded so far."""
+
+    @property
+    def num_left(self) -> int:
+        """Columns that are not forwarded yet."""
+        return int(self.token_ids.shape[1]) - self.num_done
+
+
+@dataclass(slots=True, eq=False)
+class ReadyPrompt:
+    """A prefilled prompt whose samples have not all started."""
+
+    request: Request
+    caches: list[PromptKVCache]
+    row: int
+    """Where the prompt stands in its prefill."""
+    num_started: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """Samples that have not started."""
+        return self.request.params.n - self.num_started
+
+    @property
+    def num_cached(self) -> int:
+        """Columns of the prompt that are cached: all but its last token."""
+        return len(self.request.prompt_token_ids) - 1
+
+
+class ModelRunner:
+    """A model and the row slots of its caches."""
+
+    def __init__(self, model: nn.Module, *, prefill_step_size: int) -> None:
+        self._model = model
+        self._kinds, self.vocab_size = layer_kinds(model)
+        self._prefill_step_size = prefill_step_size
+        self.caches = RowKVCaches(self._kinds)
+
+    def start_prefill(self, requests: list[Request]) -> Prefill:
+        """Lays out prompts for `prefill_chunk`."""
+        lengths = [len(request.prompt_token_ids) - 1 for request in requests]
+        padded = np.zeros((len(requests), max(lengths)), np.int32)
+        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+            padded[row, :length] = request.prompt_token_ids[:length]
+        caches = [PromptKVCache(kind, *padded.shape) for kind in self._kinds]
+        return Prefill(requests, caches, mx.array(padded))
+
+    def prefill_chunk(self, prefill: Prefill) -> int:
+        """Forwards the next columns of all prompts; returns the positions forwarded."""
+        num_prompts = len(prefill.requests)
+        size = min(prefill.num_left, max(1, self._prefill_step_size // num_prompts))
+        if size == 0:
+            return 0
+        end = prefill.num_done + size
+        self._model(prefill.token_ids[:, prefill.num_done : end], cache=prefill.caches)
+        mx.async_eval([cache.state for cache in prefill.caches])  # type: ignore[no-untyped-call]
+        prefill.num_done = end
+        return num_prompts * size
+
+    def reserve(self, num_rows: int, num_columns: int) -> None:
+        """Makes room in the row slots."""
+        self.caches.reserve(num_rows, num_columns)
+
+    def fork(self, prompt: ReadyPrompt, rows: Sequence[int]) -> None:
+        """Copies a prompt's columns into row slots."""
+        if prompt.num_cached == 0:
+            return
+        for layer, cache in zip(self.caches.layers, prompt.caches, strict=True):
+            keys, values = (a[prompt.row, :, : prompt.num_cached] for a in cache.state)
+            layer.write_prefix(rows, keys, values)
+
+    def decode(self, token_ids: mx.array, positions: Sequence[int]) -> mx.array:
+        """Forwards one token per row, (B,), written at `positions`; logits (B, V)."""
+        self.caches.begin_step(positions)
+        logits: mx.array = self._model(token_ids[:, None], cache=self.caches.layers)
+        return logits[:, -1]

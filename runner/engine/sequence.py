@@ -1,0 +1,96 @@
+"""A sequence: one sample of a request while it is in flight, one row of the batch."""
+
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from runner.engine.stop import StopStringMatcher
+from runner.types import Completion, FinishReason, Logprob, Request
+
+
+def stream_key(seed: int, key: str, index: int) -> int:
+    """The 64-bit key of a sample's random stream: a digest, so that rows never share a stream."""
+    digest = blake2b(f"{seed}/{index}/{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one step gave one row."""
+
+    token_id: int
+    raw_logprob: float
+    processed_logprob: float
+    logprobs: dict[int, Logprob] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A row in flight: what was asked, what was sampled so far, and where it stands."""
+
+    request: Request
+    index: int
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    stop_matcher: StopStringMatcher | None = None
+    row: int = -1
+    num_launched: int = 0
+    """Forwards launched for this row; `token_ids` lags it by those not yet read."""
+    token_ids: list[int] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    processed_logprobs: list[float] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    stream: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.max_tokens >= 1, "a sequence samples at least one token"
+        assert self.request.params.seed is not None, "the seed is settled before the engine"
+        self.stream = stream_key(self.request.params.seed, self.request.key, self.index)
+
+    @property
+    def position(self) -> int:
+        """The column that the next forward of this row writes."""
+        return len(self.request.prompt_token_ids) - 1 + self.num_launched
+
+    @property
+    def wants_forward(self) -> bool:
+        """Whether this row has a token left to sample, as far as the launches tell."""
+        return self.finish_reason is None and self.num_launched < self.max_tokens
+
+    def push(self, draw: Draw) -> None:
+        """Adds a sampled token, and finishes the row where it ends it."""
+        self.token_ids.append(draw.token_id)
+        self.raw_logprobs.append(draw.raw_logprob)
+        self.processed_logprobs.append(draw.processed_logprob)
+        if draw.logprobs is not None:
+            self.logprobs.append(draw.logprobs)
+        self._check_end(draw)
+
+    def _check_end(self, draw: Draw) -> None:
+        params = self.request.params
+        stop = self.stop_matcher.push(draw.token_id) if self.stop_matcher else None
+        if draw.raw_logprob != draw.raw_logprob:
+            self.finish_reason = "error"
+        elif draw.token_id in self.stop_token_ids:
+            self.finish_reason = "stop"
+            if draw.token_id in params.stop_token_ids:
+                self.stop_reason = draw.token_id
+        elif stop is not None:
+            self.finish_reason, self.stop_reason = "stop", stop
+        elif len(self.token_ids) == self.max_tokens:
+            self.finish_reason = "length"
+
+    def completion(self) -> Completion:
+        """The finished sample."""
+        assert self.finish_reason is not None, "only a finished sequence is a completion"
+        return Completion(
+            request_id=self.request.request_id,
+            index=self.index,
+            token_ids=self.token_ids,
+            raw_logprobs=self.raw_logprobs,
+            processed_logprobs=self.processed_logprobs,
+            logprobs=self.logprobs if self.request.params.logprobs is not None else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )

@@ -1,0 +1,49 @@
+"""Stop strings: found in the text as it grows, also where they straddle tokens."""
+
+from collections.abc import Callable, Sequence
+
+Decode = Callable[[list[int]], str]
+"""Token ids -> text, given by whoever owns a tokenizer."""
+
+
+class TextStream:
+    """Text of a growing list of token ids, without ever showing half a character.
+
+    Decodes a short window twice and takes the difference, because many tokenizers decode a token
+    differently at the start of a text than inside it.
+    """
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode = decode
+        self._token_ids: list[int] = []
+        self._window_start = 0
+        self._num_read = 0
+
+    def push(self, token_id: int) -> str:
+        """Adds a token; returns the characters that are complete now, often none."""
+        self._token_ids.append(token_id)
+        known = self._decode(self._token_ids[self._window_start : self._num_read])
+        text = self._decode(self._token_ids[self._window_start :])
+        if len(text) <= len(known) or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._window_start = self._num_read
+        self._num_read = len(self._token_ids)
+        return text[len(known) :]
+
+
+class StopStringMatcher:
+    """Watches one sequence for the first of its stop strings."""
+
+    def __init__(self, stop: Sequence[str], decode: Decode) -> None:
+        assert stop and all(stop), "nothing to watch for"
+        self._stop = stop
+        self._overlap = max(map(len, stop)) - 1
+        self._stream = TextStream(decode)
+        self._tail = ""
+
+    def push(self, token_id: int) -> str | None:
+        """Adds a token; returns the stop string that the text holds now, the earliest one."""
+        text = self._tail + self._stream.push(token_id)
+        self._tail = text[max(0, len(text) - self._overlap) :]
+        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        return min(found)[1] if found else None

@@ -1,0 +1,116 @@
+"""The laws: what batching, order, groups and neighbours may never change."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import VOCAB_SIZE, assert_same, make_engine, naive_sample, request, run, tiny_model
+
+from runner.types import Request
+
+MODEL = tiny_model()
+WINDOWED = tiny_model(layer_types=["full_attention", "sliding_attention"], sliding_window=6, seed=3)
+
+prompts = st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=40)
+sampling = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.7, 1.0, 1.5]),
+        "top_p": st.sampled_from([1.0, 0.9, 0.5]),
+        "top_k": st.sampled_from([0, 1, 5, 70]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.3]),
+        "max_tokens": st.integers(1, 14),
+        "ignore_eos": st.booleans(),
+        "n": st.sampled_from([1, 1, 2, 5]),
+        "seed": st.integers(0, 3),
+        "logprobs": st.sampled_from([None, 0, 3]),
+    }
+)
+workloads = st.lists(st.tuples(prompts, sampling), min_size=1, max_size=7)
+sizes = st.fixed_dictionaries(
+    {"max_batch_size": st.integers(1, 9), "prefill_step_size": st.sampled_from([1, 5, 64])}
+)
+
+
+def as_requests(workload: list[tuple[list[int], dict]]) -> list[Request]:
+    return [request(prompt, f"r{i}", **params) for i, (prompt, params) in enumerate(workload)]
+
+
+@pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["full", "sliding"])
+@settings(max_examples=25)
+@given(workload=workloads, sizes=sizes)
+def test_batched_equals_alone_by_a_naive_forward(model, workload, sizes):
+    """Law 1, against an implementation that shares no code with the engine."""
+    requests = as_requests(workload)
+    done = run(make_engine(model, **sizes), requests)
+    assert len(done) == sum(r.params.n for r in requests)
+    for r in requests:
+        for index in range(r.params.n):
+            assert_same(done[r.request_id, index], naive_sample(model, r, index))
+
+
+@settings(max_examples=25)
+@given(workload=workloads, sizes=sizes, order=st.randoms(use_true_random=False))
+def test_order_mates_and_batch_size_change_nothing(workload, sizes, order):
+    """Law 2: the same rows shuffled, in a batch of another size, with mates left out."""
+    requests = as_requests(workload)
+    reference = run(make_engine(MODEL, max_batch_size=4), requests)
+    fewer = [r for r in requests if order.random() < 0.7]
+    order.shuffle(fewer)
+    for key, completion in run(make_engine(MODEL, **sizes), fewer).items():
+        assert_same(completion, reference[key])
+
+
+@settings(max_examples=15)
+@given(prompt=prompts, seed=st.integers(0, 2**31))
+def test_same_seed_same_text_other_index_other_text(prompt, seed):
+    """Law 3; 24 free draws at temperature 1.5 do not agree by chance."""
+    params = {"temperature": 1.5, "max_tokens": 24, "ignore_eos": True, "seed": seed}
+    first, again = (run(make_engine(MODEL), [request(prompt, n=3, **params)]) for _ in range(2))
+    texts = [tuple(first["r", i].token_ids) for i in range(3)]
+    assert texts == [tuple(again["r", i].token_ids) for i in range(3)]
+    assert len(set(texts)) == 3
+    other = run(make_engine(MODEL), [request(prompt, n=1, **(params | {"seed": seed + 1}))])
+    assert tuple(other["r", 0].token_ids) not in texts
+
+
+@settings(max_examples=15)
+@given(prompt=prompts, n=st.integers(2, 9), sizes=sizes)
+def test_group_with_shared_prefill_equals_separate_requests(prompt, n, sizes):
+    """Law 7: n samples of one request, against a request per sample with its stream."""
+    group = run(make_engine(MODEL, **sizes), [request(prompt, n=n, temperature=1.2)])
+    for index in range(n):
+        alone = naive_sample(MODEL, request(prompt, temperature=1.2), index)
+        assert_same(group["r", index], alone)
+
+
+@settings(max_examples=15)
+@given(workload=workloads, leaver=st.lists(st.integers(3, 96), min_size=1, max_size=60))
+def test_a_row_that_leaves_leaves_no_trace(workload, leaver):
+    """Law 9: rows that pass through a long row's old slot are as if it had never been there."""
+    requests = as_requests(workload)
+    engine = make_engine(MODEL, max_batch_size=2)
+    run(engine, [request(leaver, f"gone{i}", max_tokens=30, ignore_eos=True) for i in range(2)])
+    used = run(engine, requests)
+    for key, completion in run(make_engine(MODEL, max_batch_size=2), requests).items():
+        assert_same(used[key], completion)
+
+
+@settings(max_examples=15)
+@given(workload=workloads, when=st.integers(0, 12))
+def test_an_aborted_request_leaves_the_others_alone(workload, when):
+    """Law 9 for a row that is taken out while it runs."""
+    requests = as_requests(workload)
+    engine = make_engine(MODEL, max_batch_size=3)
+    for r in [request([5, 6, 7], "aborted", n=4, max_tokens=30, ignore_eos=True), *requests]:
+        engine.add(r)
+    done = [completion for _ in range(when) for completion in engine.step()]
+    engine.abort("aborted")
+    while engine.has_unfinished:
+        done += engine.step()
+    aborted = [c for c in done if c.request_id == "aborted"]
+    assert sorted(c.index for c in aborted) == [0, 1, 2, 3]
+    assert all(c.finish_reason == "abort" for c in aborted)
+    reference = run(make_engine(MODEL), requests)
+    for c in done:
+        if c.request_id != "aborted":
+            assert_same(c, reference[c.request_id, c.index])
+    assert len(done) == 4 + len(reference)

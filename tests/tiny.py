@@ -1,0 +1,122 @@
+"""A tiny random llama and a naive way to sample from it, which the laws are checked against."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+from mlx_lm.models.llama import Model, ModelArgs
+
+from runner.engine.engine import Engine
+from runner.engine.sampler import uniforms
+from runner.engine.sequence import stream_key
+from runner.types import Completion, Request, SamplingParams
+
+VOCAB_SIZE = 97
+EOS = 2
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> nn.Module:
+    """Two layers, grouped heads, float32; weights are large enough that the context matters."""
+    args: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": VOCAB_SIZE,
+    }
+    model = Model(ModelArgs(**(args | changes)))
+    random = np.random.default_rng(seed)
+
+    def fresh(parameter: mx.array) -> mx.array:
+        return mx.array((random.standard_normal(parameter.shape) * 0.25).astype(np.float32))
+
+    model.update(tree_map(lambda p: p if p.ndim == 1 else fresh(p), model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def make_engine(model: nn.Module, **options: Any) -> Engine:
+    """An engine with the tiny model's end of sequence."""
+    return Engine(model, **({"eos_token_ids": [EOS], "max_model_len": 256} | options))
+
+
+def request(
+    prompt: Sequence[int], request_id: str = "r", key: str | None = None, **params: Any
+) -> Request:
+    """A request whose key is its id, with seed 0, unless said otherwise."""
+    settled = SamplingParams(**({"seed": 0, "max_tokens": 12} | params))
+    return Request(
+        request_id=request_id, prompt_token_ids=list(prompt), params=settled, key=key or request_id
+    )
+
+
+def run(engine: Engine, requests: Iterable[Request]) -> dict[tuple[str, int], Completion]:
+    """Everything that the engine yields, by request and sample."""
+    done = list(engine.run(requests))
+    assert len({(c.request_id, c.index) for c in done}) == len(done), "a sample came twice"
+    return {(c.request_id, c.index): c for c in done}
+
+
+def assert_same(one: Completion, other: Completion, tolerance: float = 1e-4) -> None:
+    """Token for token, and logprob for logprob within float32 rounding."""
+    assert one.token_ids == other.token_ids
+    assert one.finish_reason == other.finish_reason
+    assert one.stop_reason == other.stop_reason
+    np.testing.assert_allclose(one.raw_logprobs, other.raw_logprobs, atol=tolerance)
+    np.testing.assert_allclose(one.processed_logprobs, other.processed_logprobs, atol=tolerance)
+
+
+def naive_distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
+    """Probabilities, float64 (V,), that sampling draws from: the definitions, spelled out."""
+    scaled = logits.astype(np.float64) / (params.temperature or 1.0)
+    probabilities = np.exp(scaled - scaled.max())
+    probabilities /= probabilities.sum()
+    if params.temperature == 0:
+        return probabilities
+    order = np.argsort(-probabilities, kind="stable")
+    keep = probabilities >= params.min_p * probabilities.max()
+    if params.top_k > 0:
+        keep &= np.isin(np.arange(len(keep)), order[: params.top_k])
+    mass = np.where(keep, probabilities, 0.0)
+    mass /= mass.sum()
+    before = np.cumsum(mass[order]) - mass[order]
+    keep[order[before >= params.top_p]] = params.top_p == 1.0
+    mass = np.where(keep & (mass > 0), mass, 0.0)
+    return mass / mass.sum()
+
+
+def naive_sample(model: nn.Module, request: Request, index: int) -> Completion:
+    """One sample by a full forward per token: no cache, no batch, the draw in float64."""
+    params, ids = request.params, list(request.prompt_token_ids)
+    stream = np.array([stream_key(params.seed or 0, request.key, index)], np.uint64)
+    done = Completion(
+        request_id=request.request_id,
+        index=index,
+        token_ids=[],
+        raw_logprobs=[],
+        processed_logprobs=[],
+        finish_reason="length",
+    )
+    assert params.max_tokens is not None
+    for position in range(params.max_tokens):
+        logits = np.array(model(mx.array([ids]))[0, -1])
+        raw = naive_distribution(logits, SamplingParams(temperature=1.0))
+        processed = naive_distribution(logits, params)
+        uniform = float(uniforms(stream, np.array([position], np.uint64))[0])
+        drawn = int(np.argmax(np.cumsum(processed) > uniform))
+        token_id = drawn if params.temperature > 0 else int(np.argmax(logits))
+        ids.append(token_id)
+        done.token_ids.append(token_id)
+        done.raw_logprobs.append(float(np.log(raw[token_id])))
+        done.processed_logprobs.append(float(np.log(processed[token_id])))
+        if token_id in params.stop_token_ids or (token_id == EOS and not params.ignore_eos):
+            done.finish_reason = "stop"
+            done.stop_reason = token_id if token_id in params.stop_token_ids else None
+            break
+    return done
