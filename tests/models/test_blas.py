@@ -249,5 +249,6 @@ def test_compiles_only_where_there_is_a_compiler(
     assert os.environ.get("MLX_DISABLE_COMPILE") == (None if compiler else "1")
 
 
+@_on_linux_cpu
 def test_a_library_of_another_make_goes_by_its_name() -> None:
-    assert blas._describe(ctypes.CDLL(None), "libmkl_rt.so.2") == "libmkl_rt.so.2"
+    assert blas._describe(ctypes.CDLL("libc.so.6"), "libmkl_rt.so.2") == "libmkl_rt.so.2"
