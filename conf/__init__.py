@@ -1,0 +1,1 @@
+"""The configuration tree: one folder per group, one file per choice."""

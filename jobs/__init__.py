@@ -1,0 +1,1 @@
+"""The jobs: one module each, called with the composed configuration."""

@@ -1,0 +1,97 @@
+"""The command line's own rules, applied before Hydra sees it."""
+
+import argparse
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+from runner.errors import UsageError
+
+
+@dataclass
+class Arguments:
+    """A parsed command line."""
+
+    help: bool
+    version: bool
+    job: str | None
+    """The job as a bare word; None if there is none."""
+    overrides: list[str]
+    """What Hydra is to override, the job included."""
+    flags: list[str]
+    """Flags that go to Hydra as they are."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see runner --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="runner", add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
+    parser.add_argument("-p", "--package")
+    parser.add_argument("--config-dir")
+    for flag in ("--resolve", "--hydra-help", "--info", "--shell-completion"):
+        parser.add_argument(flag, action="store_true")
+    return parser
+
+
+def parse_arguments(argv: list[str], groups: Mapping[str, Collection[str]]) -> Arguments:
+    """Reads a command line, flags and words in any order; `groups` has the choices of each group.
+
+    Raises UsageError on an unknown flag.
+    """
+    parsed = _parser().parse_intermixed_args(argv)
+    job = next((word for word in parsed.words if "=" not in word and word[0] != "~"), None)
+    words = [f"job={job}" if word is job else word for word in parsed.words]
+    if parsed.multirun:
+        words.append("hydra.mode=MULTIRUN")
+    return Arguments(
+        help=parsed.help,
+        version=parsed.version,
+        job=job,
+        overrides=_with_custom_choices([_quoted(word, groups) for word in words], groups["reward"]),
+        flags=_hydra_flags(parsed),
+    )
+
+
+def _quoted(word: str, groups: Collection[str]) -> str:
+    """Makes a choice's name a string: Hydra reads `reward=null` and `sampling=5` as other types."""
+    key, _, value = word.partition("=")
+    is_name = key not in groups or not re.fullmatch(r"(?i)null|true|false|[\d.+-]+", value)
+    return word if is_name else f"{key}='{value}'"
+
+
+def _with_custom_choices(words: list[str], rewards: Collection[str]) -> list[str]:
+    """Spells out what a path of one's own or a function as the reward implies.
+
+    rewards: the names that `reward=` chooses; another one with a dot is a function.
+    """
+    implied = [
+        f"{group}=custom"
+        for group in ("data", "model")
+        if any(word.startswith(f"{group}.path=") for word in words)
+        and not any(word.startswith(f"{group}=") for word in words)
+    ]
+    for word in words:
+        key, _, value = word.partition("=")
+        is_function = key == "reward" and "." in value and value not in rewards
+        implied += ["reward=custom", f"reward._target_={value}"] if is_function else [word]
+    return implied
+
+
+def _hydra_flags(parsed: argparse.Namespace) -> list[str]:
+    """The flags Hydra handles, spelled the one way that may follow the words."""
+    flags = [
+        f"--{name}={value}"
+        for name in ("cfg", "package", "config-dir")
+        if (value := getattr(parsed, name.replace("-", "_"))) is not None
+    ]
+    switches = ("resolve", "hydra-help", "info", "shell-completion")
+    return flags + [f"--{name}" for name in switches if getattr(parsed, name.replace("-", "_"))]

@@ -1,0 +1,100 @@
+"""The command line: reads the arguments, composes the configuration, calls the job."""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from runner import __version__
+from runner.arguments import parse_arguments
+from runner.composition import choices, register, unknown_keys
+from runner.config_errors import explain
+from runner.errors import ParameterError, UsageError
+from runner.help import job_help, program_help
+
+
+def main() -> None:
+    """Runs `runner`; a usage error is one line on stderr and exit code 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        _dispatch(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        _exit_with(error)
+
+
+def _dispatch(argv: list[str]) -> None:
+    arguments = parse_arguments(argv, choices())
+    register()
+    if arguments.version:
+        print(f"runner {__version__}")
+    elif arguments.help and arguments.job:
+        print(job_help(arguments.job, arguments.overrides))
+    elif arguments.help:
+        print(program_help())
+    else:
+        # Hydra reads the process's arguments; flags come after the words or it refuses the rest.
+        sys.argv[1:] = arguments.overrides + arguments.flags
+        _run_hydra()
+
+
+@hydra.main(config_path="pkg://runner.conf", config_name="config", version_base="1.3")
+def _run_hydra(config: DictConfig) -> None:
+    """Runs one job; it leaves by SystemExit on a usage error, which Hydra does not report again."""
+    config.output.dir = HydraConfig.get().runtime.output_dir
+    try:
+        _load_job(config)(config)
+    except (UsageError, HydraException) as error:
+        _remove_if_empty(Path(config.output.dir))
+        _exit_with(error)
+
+
+def _load_job(config: DictConfig) -> Callable[[DictConfig], Any]:
+    """The job as a function of the configuration, which is complete and resolved afterwards."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ParameterError(explain(error)) from error
+    if unknown := unknown_keys(config):
+        raise ParameterError(f"no option {unknown[0]}; see runner JOB --help")
+    if missing:
+        raise ParameterError(f"{missing[0]} has no value: give {missing[0]}=...")
+    job: partial[None] = instantiate(config.job, _partial_=True)
+    try:
+        signature(job.func).bind(*job.args, config, **job.keywords)
+    except TypeError as error:
+        raise ParameterError(f"job={HydraConfig.get().runtime.choices['job']}: {error}") from error
+    return job
+
+
+def _remove_if_empty(directory: Path) -> None:
+    """Removes what Hydra made for a run that never began, up to the working directory."""
+    made = [directory, *directory.parents]
+    below = [path for path in made if path.is_relative_to(Path.cwd()) and path != Path.cwd()]
+    with suppress(OSError):
+        for path in below or made[:1]:
+            path.rmdir()
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    """Leaves with one line if the user can mend it; anything else is a bug and propagates."""
+    message = explain(error)
+    if message is None:
+        raise error
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
