@@ -1,5 +1,7 @@
 """Where a model lies: a package's file, a local path, or a repository of the Hugging Face hub."""
 
+import contextlib
+import functools
 import importlib.util
 import re
 import textwrap
@@ -9,6 +11,7 @@ from runner.errors import ModelError, ParameterError
 
 _PACKAGE_SCHEME = "pkg://"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_COMMIT = re.compile("[0-9a-f]{40}")
 _NEEDED_FILES = (
     "*.safetensors",
     "*.json",
@@ -90,15 +93,21 @@ def _install_command(package: str) -> str:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
+    fetch = functools.partial(
+        snapshot_download,
+        repository,
+        revision=revision,
+        allow_patterns=list(_NEEDED_FILES),
+        etag_timeout=_TIMEOUT_SECONDS,
+    )
+    if revision is not None and _COMMIT.fullmatch(revision):
+        # A commit never changes, and without a network the client takes long to give up on one.
+        with contextlib.suppress(errors.LocalEntryNotFoundError):
+            return Path(fetch(local_files_only=True))
     try:
-        directory = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=list(_NEEDED_FILES),
-            etag_timeout=_TIMEOUT_SECONDS,
-        )
+        directory = fetch()
     except Exception as error:  # its transport, which changes with its version, has its own errors
         advice = _advice(error, revision)
         raise ModelError(f"model {repository!r} cannot be downloaded: {advice}") from error

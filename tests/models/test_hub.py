@@ -139,7 +139,7 @@ def hub(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from huggingface_hub import constants
 
     server = HTTPServer(("127.0.0.1", 0), _Hub)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     yield
@@ -172,8 +172,9 @@ def test_no_network_is_an_error_at_once(empty_cache: Path, monkeypatch: pytest.M
         resolve_model("org/name")
 
 
+@pytest.mark.parametrize("revision", [None, "0123456789abcdef0123456789abcdef01234567"])
 def test_an_id_that_the_cache_holds_needs_no_network(
-    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
 ) -> None:
     from huggingface_hub import constants
 
@@ -184,7 +185,7 @@ def test_an_id_that_the_cache_holds_needs_no_network(
     (empty_cache / "models--org--name" / "refs").mkdir()
     (empty_cache / "models--org--name" / "refs" / "main").write_text(commit)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert resolve_model("org/name") == snapshot
+    assert resolve_model("org/name", revision=revision) == snapshot
 
 
 def test_an_error_fits_on_a_line() -> None:

@@ -1,0 +1,95 @@
+"""From the name of a model to its weights and tokenizer, ready to run."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.errors import ParameterError
+from runner.models.blas import Blas, load_blas
+from runner.models.hub import resolve_model
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# Whoever imports this imports mlx next, and the BLAS has to be there by then.
+load_blas()
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to run."""
+
+    model: "nn.Module"
+    """In evaluation mode, its weights in memory."""
+    tokenizer: "TokenizerWrapper"
+    name: str
+    """Short: the Hugging Face id, or the stem of the file or directory."""
+    path: str
+    """The local file or directory that was read."""
+    dtype: str
+    """Floating type of the weights, or of the scales of packed ones."""
+    max_model_len: int
+    """Prompt and completion together, in tokens."""
+    blas: Blas
+    device: str
+    """cpu, metal or cuda."""
+
+
+def load_model(
+    path: str, *, revision: str | None = None, dtype: str = "auto", max_model_len: int | None = None
+) -> LoadedModel:
+    """Loads a model and its tokenizer; `runner.config.ModelConfig` says what the options mean.
+
+    On a CPU quantised weights become dense. Raises ModelError where the model cannot be loaded and
+    ParameterError where an option has a value that is not allowed.
+    """
+    if dtype not in _DTYPES:
+        raise ParameterError(f"dtype={dtype!r} is not allowed: {', '.join(_DTYPES)}")
+    found = resolve_model(path, revision=revision)
+    blas = load_blas()
+    _quieten_transformers()
+    from runner.models.weights import device_name, floating_dtype, read_model
+
+    model, config, tokenizer = read_model(found, dtype=dtype)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=_short_name(path, found),
+        path=str(found),
+        dtype=floating_dtype(model),
+        max_model_len=_context_length(config, max_model_len),
+        blas=blas,
+        device=device_name(),
+    )
+
+
+def _quieten_transformers() -> None:
+    # It advises to install PyTorch, which nothing here needs, as soon as it is imported.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _short_name(path: str, found: Path) -> str:
+    if found.suffix == ".gguf":
+        return found.stem
+    is_local = path.startswith("pkg://") or Path(path).expanduser().exists()
+    return found.resolve().name if is_local else path
+
+
+def _context_length(config: dict[str, Any], asked: int | None) -> int:
+    texts = (config, config.get("text_config") or {})
+    stated = next(
+        (int(text[key]) for text in texts for key in _CONTEXT_KEYS if text.get(key)), None
+    )
+    length = stated if asked is None else asked
+    if length is None:
+        raise ParameterError("max_model_len=None is not allowed: the model does not state its own")
+    if length < 1 or (stated is not None and length > stated):
+        most = "" if stated is None else f" and at most {stated}, which the model states"
+        raise ParameterError(f"max_model_len={length} is not allowed: at least 1{most}")
+    return length
