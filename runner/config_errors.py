@@ -42,7 +42,9 @@ def explain(error: BaseException) -> str | None:
 
 def nearest(word: str, names: Iterable[str]) -> str:
     """A clause that offers the name closest to `word`, or nothing."""
-    close = difflib.get_close_matches(word, list(names), n=1)
+    names = list(names)
+    close = difflib.get_close_matches(word, names, n=1)
+    close = close or [name for name in names if word and name.startswith(word)]
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -1,0 +1,279 @@
+"""The command line as a user meets it: words, files of one's own, errors, help."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.arguments import parse_arguments
+from runner.composition import choices
+from runner.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUPS = {
+    "job": ["generate", "rollout"],
+    "reward": ["none", "last_number", "my.reward"],
+    "data": ["arithmetic", "custom"],
+    "model": ["custom", "smollm2"],
+    "sampling": ["default"],
+}
+
+MY_JOB = """
+from omegaconf import OmegaConf
+from runner.errors import DataError
+
+def run(config, *, answer, fail=None):
+    if fail == "usage":
+        raise DataError("no rows in prompts.jsonl")
+    if fail == "bug":
+        raise RuntimeError("a bug")
+    if fail == "interrupt":
+        raise KeyboardInterrupt
+    with open(f"{config.output.dir}/seen.yaml", "w") as file:
+        file.write(OmegaConf.to_yaml(config))
+    print("answer", answer, "n", config.sampling.n)
+"""
+
+MY_CONF = """\
+# A job of my own.
+_target_: my_job.run
+# What it answers.
+answer: 42
+fail: null
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A working directory with a job of its own."""
+    (tmp_path / "conf" / "job").mkdir(parents=True)
+    (tmp_path / "conf" / "job" / "mine.yaml").write_text(MY_CONF)
+    (tmp_path / "my_job.py").write_text(MY_JOB)
+    return tmp_path
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a new interpreter that finds this checkout's `runner`."""
+    command = [sys.executable, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def runner(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `runner` as its console script does: the working directory is not on the path."""
+    code = "import sys; sys.path.pop(0); from runner.cli import main; main()"
+    return python("-c", code, *words, cwd=cwd)
+
+
+def refused(*words: str, cwd: Path) -> str:
+    """The one line with which a command line is refused."""
+    done = runner(*words, cwd=cwd)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.removeprefix("error: ").rstrip()
+
+
+def overrides(*words: str) -> list[str]:
+    return parse_arguments(list(words), GROUPS).overrides
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rollout"], ["job=rollout"]),
+        (["job=rollout"], ["job=rollout"]),
+        (["rollout", "sampling.n=4"], ["job=rollout", "sampling.n=4"]),
+        (["sampling.n=4", "rollout"], ["sampling.n=4", "job=rollout"]),
+        (["rollout", "~reward"], ["job=rollout", "~reward"]),
+        (["rollout", "-m", "sampling.n=1,2"], ["job=rollout", "sampling.n=1,2", "M"]),
+        (["--multirun", "rollout"], ["job=rollout", "M"]),
+        (["data.path=a.jsonl"], ["data=custom", "data.path=a.jsonl"]),
+        (["data=mine", "data.path=a.jsonl"], ["data=mine", "data.path=a.jsonl"]),
+        (["model.path=org/name"], ["model=custom", "model.path=org/name"]),
+        (["reward=rules.right"], ["reward=custom", "reward._target_=rules.right"]),
+        (["reward=my.reward"], ["reward=my.reward"]),
+        (["reward=last_number"], ["reward=last_number"]),
+        (["reward=null"], ["reward='null'"]),
+        (["sampling=5"], ["sampling='5'"]),
+        (["sampling.seed=5"], ["sampling.seed=5"]),
+    ],
+)
+def test_words_become_overrides(words: list[str], expected: list[str]) -> None:
+    assert overrides(*words) == ["hydra.mode=MULTIRUN" if x == "M" else x for x in expected]
+
+
+def test_flags_follow_the_words_wherever_they_stood() -> None:
+    arguments = parse_arguments(["--cfg", "job", "rollout", "--resolve", "sampling.n=2"], GROUPS)
+    assert arguments.overrides == ["job=rollout", "sampling.n=2"]
+    assert arguments.flags == ["--cfg=job", "--resolve"]
+
+
+@pytest.mark.parametrize("argv", [["--bogus"], ["--cfg", "everything"], ["rollout", "--cfg"]])
+def test_an_unknown_flag_is_a_usage_error(argv: list[str]) -> None:
+    with pytest.raises(UsageError, match="--bogus|--cfg"):
+        parse_arguments(argv, GROUPS)
+
+
+def test_a_job_of_ones_own_runs(workplace: Path) -> None:
+    done = runner("mine", "sampling.n=3", cwd=workplace)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "answer 42 n 3\n", "")
+
+
+def test_a_job_gets_a_complete_configuration(workplace: Path) -> None:
+    runner("mine", "output.dir=here", cwd=workplace)
+    seen = (workplace / "here" / "seen.yaml").read_text()
+    assert f"dir: {workplace.resolve()}/here" in seen
+    assert "${" not in seen and "???" not in seen
+    assert [path.name for path in (workplace / "here").iterdir()] == ["seen.yaml"]
+
+
+def test_results_lie_under_the_name_of_the_job(workplace: Path) -> None:
+    runner("mine", cwd=workplace)
+    (directory,) = (workplace / "outputs" / "mine").iterdir()
+    assert (directory / "seen.yaml").is_file()
+
+
+def test_a_sweep_numbers_its_runs(workplace: Path) -> None:
+    done = runner("mine", "-m", "job.answer=1,2", "sampling.n=5,6", cwd=workplace)
+    assert done.stderr == ""
+    assert done.stdout.split("\n")[:4] == [f"answer {a} n {n}" for a in (1, 2) for n in (5, 6)]
+    (sweep,) = (workplace / "outputs" / "mine").iterdir()
+    assert sorted(path.parent.name for path in sweep.glob("*/seen.yaml")) == ["0", "1", "2", "3"]
+
+
+def test_module_and_script_are_the_same(workplace: Path) -> None:
+    done = python("-m", "runner", "job=mine", "job.answer=7", cwd=workplace)
+    assert done.stdout == runner("mine", "job.answer=7", cwd=workplace).stdout == "answer 7 n 1\n"
+
+
+def test_a_file_in_the_working_directory_never_shadows_a_library(workplace: Path) -> None:
+    (workplace / "json.py").write_text("raise SystemExit('shadowed')")
+    (workplace / "mlx_lm.py").write_text("raise SystemExit('shadowed')")
+    (workplace / "my_job.py").write_text("import json, sys\n" + MY_JOB)
+    done = runner("mine", cwd=workplace)
+    assert done.stdout == "answer 42 n 1\n", done.stderr
+
+
+def test_the_checkout_adds_its_conf_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert "mine" not in choices()["job"]
+    done = runner("--info", cwd=ROOT)
+    assert "working-directory" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("sampling.tempratur=1", "sampling.tempratur=1: no option sampling.tempratur; "
+         "did you mean temperature? (choose from n, temperature, top_p"),
+        ("+sampling.foo=1", "no option sampling.foo"),
+        ("samplin=greedy", "samplin=greedy: no option samplin; did you mean sampling?"),
+        ("sampling.n=abc", "sampling.n=abc: Value 'abc' of type 'str' could not be converted to I"),
+        ("data.limit=3.5", "data.limit=3.5: Value '3.5' of type 'float' could not be converted"),
+        ("sampling=gredy", "sampling=gredy: no such sampling; did you mean greedy? (choose from "
+         "default, greedy, rollout)"),
+        ("job=mein", "job=mein: no such job; did you mean mine? (choose from generate, mine, roll"),
+        ("data=nope", "data=nope: no such data (choose from arithmetic, custom, human_eval)"),
+        ("model=smolm2", "model=smolm2: no such model; did you mean smollm2?"),
+        ("reward=null", "reward=null: no such reward (choose from custom, exact_match, last_numb"),
+        ("job.anser=1", "job.anser=1: no option job.anser; did you mean answer?"),
+        ("+job.foo=1", "job=mine: got an unexpected keyword argument 'foo'"),
+        ("data=custom", "data.path has no value: give data.path=..."),
+        ("reward=custom", "reward._target_ has no value: give reward._target_=..."),
+        ("reward=regex", "reward.pattern has no value: give reward.pattern=..."),
+        ("data.path=${nope}", "data.path: Interpolation key 'nope' not found"),
+        ("again", "'again' cannot be read as key=value"),
+        ("data.path=a[b", "'data.path=a[b' cannot be read as key=value"),
+        ("sampling.n=1,2", "sampling.n=1,2: several values; add -m to run each"),
+        ("--bogus", "unrecognized arguments: --bogus; see runner --help"),
+        ("job._target_=my_job.rum", "job._target_=my_job.rum cannot be imported: "),
+        ("job._target_=nowhere.run", "job._target_=nowhere.run cannot be imported: No module nam"),
+        ("job.fail=usage", "no rows in prompts.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_usage_error_is_one_line(words: str, said: str, workplace: Path) -> None:
+    assert refused("mine", words, cwd=workplace).startswith(said)
+    assert not (workplace / "outputs").exists()
+
+
+def test_a_usage_error_leaves_a_directory_that_holds_something(workplace: Path) -> None:
+    (workplace / "kept").mkdir()
+    (workplace / "kept" / "file").touch()
+    refused("mine", "job.fail=usage", "output.dir=kept", cwd=workplace)
+    assert (workplace / "kept" / "file").exists()
+
+
+def test_a_sweep_is_checked_before_its_first_run(workplace: Path) -> None:
+    said = refused("mine", "-m", "sampling.n=1,x", cwd=workplace)
+    assert said.startswith("sampling.n=x: Value 'x'")
+    assert not list(workplace.rglob("seen.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("n: abc", "conf/sampling/bad.yaml: sampling.n: Value 'abc'"),
+        ("temp: 1", "conf/sampling/bad.yaml: sampling.temp: no option sampling.temp; did you mean"),
+        ("n: [1", "while parsing a flow sequence"),
+        ("defaults: [nope]", "In 'sampling/bad': Could not load 'sampling/nope'"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(text: str, said: str, workplace: Path) -> None:
+    (workplace / "conf" / "sampling").mkdir()
+    (workplace / "conf" / "sampling" / "bad.yaml").write_text(text)
+    assert refused("mine", "sampling=bad", cwd=workplace).startswith(said)
+
+
+@pytest.mark.parametrize("words", [["job.fail=bug"], ["-m", "job.fail=bug"]])
+def test_a_bug_keeps_its_traceback(words: list[str], workplace: Path) -> None:
+    done = runner("mine", *words, cwd=workplace)
+    assert done.returncode == 1
+    assert "my_job.py" in done.stderr and done.stderr.endswith("RuntimeError: a bug\n")
+
+
+def test_a_bug_in_the_users_module_is_no_usage_error(workplace: Path) -> None:
+    (workplace / "my_job.py").write_text("1 / 0")
+    assert "ZeroDivisionError" in runner("mine", cwd=workplace).stderr
+
+
+def test_an_interrupt_exits_with_130(workplace: Path) -> None:
+    done = runner("mine", "job.fail=interrupt", cwd=workplace)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
+def test_version(tmp_path: Path) -> None:
+    assert runner("--version", cwd=tmp_path).stdout == "runner 0.1.0\n"
+
+
+def test_help_lists_every_job_and_choice(workplace: Path) -> None:
+    text = runner("--help", cwd=workplace).stdout
+    assert "mine      A job of my own." in text
+    assert all(name in text for group in choices().values() for name in group)
+    assert max(map(len, text.splitlines())) <= 80
+    assert text == runner("-h", cwd=workplace).stdout
+
+
+def test_the_help_of_a_job_documents_every_option(workplace: Path) -> None:
+    text = runner("mine", "--help", "sampling.n=3", cwd=workplace).stdout
+    assert text.startswith("runner mine: A job of my own.\n\njob=mine\n  job.answer=42\n")
+    assert "  sampling.n=3\n      Completions per prompt" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("words", [["--help"], ["rollout", "--help"], ["rollout", "--cfg", "job"]])
+def test_nothing_heavy_is_imported_without_a_run(words: list[str], tmp_path: Path) -> None:
+    code = f"""
+import sys, contextlib
+sys.argv[1:] = {words!r}
+from runner.cli import main
+with contextlib.suppress(SystemExit):
+    main()
+heavy = {{"mlx", "mlx_lm", "datasets", "pyarrow", "polars", "numpy", "transformers"}}
+print(*heavy & set(sys.modules), file=sys.stderr)
+"""
+    done = python("-c", code, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "\n")
+    assert done.stdout

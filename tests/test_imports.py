@@ -1,0 +1,63 @@
+"""Imports point down: a part may import what lies below it, and siblings leave each other be."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LEVELS = [
+    {"types", "errors", "config"},
+    {"engine", "models", "data", "rewards", "prompts"},
+    {"llm", "job", "progress"},
+    {"jobs", "server"},
+    {"cli", "arguments", "composition", "config_errors", "help"},
+]
+LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+GRAB_BAGS = {"utils", "util", "common", "helpers", "misc"}
+SOURCES = sorted([*ROOT.glob("runner/**/*.py"), *ROOT.glob("jobs/**/*.py")])
+
+
+def part_of(path: Path) -> str:
+    """The part a file belongs to: `engine` for runner/engine/batch.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "jobs" else parts[1]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The parts of `runner` that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it points"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name.split(".")[1] for name in names if name.startswith("runner."))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    here = part_of(path)
+    if here in ("__init__", "__main__"):
+        return
+    for there in set(imported(path)) - {here, "__version__"}:
+        same_level_is_fine = LEVEL[here] in (0, 4)
+        assert LEVEL[there] <= LEVEL[here], f"{here} imports {there}, which lies above it"
+        assert LEVEL[there] < LEVEL[here] or same_level_is_fine or (here, there) in ALLOWED
+
+
+ALLOWED = {("jobs", "server"), ("llm", "progress"), ("job", "progress")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_command_line_reaches_jobs_only_by_name(path: Path) -> None:
+    assert not {"jobs", "conf"} & set(imported(path))
+    if LEVEL.get(part_of(path)) == 4:
+        assert set(imported(path)) <= LEVELS[0] | LEVELS[4] | {"__version__"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_is_named_for_what_it_does(path: Path) -> None:
+    assert path.stem not in GRAB_BAGS and path.parent.name not in GRAB_BAGS
