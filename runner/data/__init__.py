@@ -1,0 +1,6 @@
+"""Rows in, rows out: the input datasets and the Arrow files that hold the results."""
+
+from runner.data.readers import Dataset
+from runner.data.writers import ResultWriter
+
+__all__ = ["Dataset", "ResultWriter"]
