@@ -1,14 +1,14 @@
 """The errors this package raises on purpose; anything else is a bug and propagates.
 
-    RunnerError
-    ├── UsageError             what was asked for cannot be done: one line, exit code 2
-    │   ├── ParameterError     an option has a value that is not allowed
-    │   ├── DataError          the input rows cannot be read
-    │   ├── ModelError         the model cannot be loaded, or its kind is not covered
-    │   └── OutputError        the output directory cannot take these results
-    └── RowError               one row cannot be done: a result row with `error`, the job goes on
-        ├── PromptError        no prompt, no tokens, or more tokens than the context holds
-        └── RewardError        the reward function failed on this row
+RunnerError
+├── UsageError             what was asked for cannot be done: one line, exit code 2
+│   ├── ParameterError     an option has a value that is not allowed
+│   ├── DataError          the input rows cannot be read
+│   ├── ModelError         the model cannot be loaded, or its kind is not covered
+│   └── OutputError        the output directory cannot take these results
+└── RowError               one row cannot be done: a result row with `error`, the job goes on
+    ├── PromptError        no prompt, no tokens, or more tokens than the context holds
+    └── RewardError        the reward function failed on this row
 """
 
 

@@ -82,6 +82,17 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptRequest:
+    """One prompt and how to sample from it: the unit that an `LLM` takes."""
+
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams
+    key: str
+    """With the seed and the sample index, decides every random draw of the request."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt in token ids and how to sample from it: the unit that the engine takes."""
 

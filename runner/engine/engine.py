@@ -170,7 +170,11 @@ class Engine:
         return None if most is None else most - len(request.prompt_token_ids)
 
     def _sequence(self, request: Request, index: int) -> Sequence:
-        params = request.params
+        params, matcher = request.params, None
+        if params.stop:
+            assert self._decode is not None, "checked when the request was added"
+            special = params.skip_special_tokens
+            matcher = StopStringMatcher(params.stop, self._decode, skip_special_tokens=special)
         most = [params.max_tokens, self._room(request)]
         stop_token_ids = frozenset(params.stop_token_ids)
         return Sequence(
@@ -178,9 +182,7 @@ class Engine:
             index,
             max_tokens=min(limit for limit in most if limit is not None),
             stop_token_ids=stop_token_ids | (frozenset() if params.ignore_eos else self._eos),
-            stop_matcher=StopStringMatcher(params.stop, self._decode)
-            if params.stop and self._decode
-            else None,
+            stop_matcher=matcher,
         )
 
     def _reserve(self) -> None:

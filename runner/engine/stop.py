@@ -1,9 +1,15 @@
 """Stop strings: found in the text as it grows, also where they straddle tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
 
-Decode = Callable[[list[int]], str]
-"""Token ids -> text, given by whoever owns a tokenizer."""
+
+class Decode(Protocol):
+    """Token ids -> text, given by whoever owns a tokenizer."""
+
+    def __call__(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """The text of the tokens."""
 
 
 class TextStream:
@@ -13,8 +19,8 @@ class TextStream:
     differently at the start of a text than inside it.
     """
 
-    def __init__(self, decode: Decode) -> None:
-        self._decode = decode
+    def __init__(self, decode: Decode, *, skip_special_tokens: bool) -> None:
+        self._decode = partial(decode, skip_special_tokens=skip_special_tokens)
         self._token_ids: list[int] = []
         self._window_start = 0
         self._num_read = 0
@@ -34,11 +40,13 @@ class TextStream:
 class StopStringMatcher:
     """Watches one sequence for the first of its stop strings."""
 
-    def __init__(self, stop: Sequence[str], decode: Decode) -> None:
+    def __init__(
+        self, stop: Sequence[str], decode: Decode, *, skip_special_tokens: bool = True
+    ) -> None:
         assert stop and all(stop), "nothing to watch for"
         self._stop = stop
         self._overlap = max(map(len, stop)) - 1
-        self._stream = TextStream(decode)
+        self._stream = TextStream(decode, skip_special_tokens=skip_special_tokens)
         self._tail = ""
 
     def push(self, token_id: int) -> str | None:

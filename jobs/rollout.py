@@ -1,0 +1,90 @@
+"""Samples a group of completions per row, rewards each, and writes group-relative advantages."""
+
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from runner.errors import ParameterError, RewardError
+from runner.job import Row, RunContext
+from runner.rewards import RewardRunner, group_advantages
+from runner.types import ErrorInfo, RequestOutput
+
+Rewards = list[float | RewardError]
+
+
+def rollout(config: DictConfig, *, normalize_advantage: bool = True) -> None:
+    """Runs the job that `config` (a composed `runner.config.Config`) describes.
+
+    `normalize_advantage` divides a group's advantages by the standard deviation of its rewards.
+    """
+    context = RunContext(config)
+    _check_reward(config, context)
+    if context.complete:
+        return
+    with context, RewardRunner(instantiate(config.reward)) as rewards:
+        groups = _Groups(context, normalize_advantage=normalize_advantage)
+        for row, output in context.outputs():
+            if output.error is not None:
+                context.write(row, output)
+                continue
+            texts = [sample.text for sample in output.outputs]
+            groups.add(row, output, rewards.submit(texts, row))
+            groups.write_finished()
+        groups.write_rest()
+
+
+def _check_reward(config: DictConfig, context: RunContext) -> None:
+    """Refuses a run whose every row would fail for want of a reward or its column."""
+    if config.reward is None:
+        raise ParameterError("a rollout needs a reward: reward=last_number, or runner --help")
+    column = config.reward.get("answer_column")
+    if column is not None and column not in context.dataset.columns:
+        raise ParameterError(
+            f"reward.answer_column={column} is not a column of {context.dataset.path}: "
+            f"it has {', '.join(context.dataset.columns)}"
+        )
+
+
+class _Groups:
+    """Groups whose completions are there and whose rewards are on their way."""
+
+    def __init__(self, context: RunContext, *, normalize_advantage: bool) -> None:
+        self._context = context
+        self._normalize = normalize_advantage
+        self._waiting: deque[tuple[Row, RequestOutput, Future[Rewards]]] = deque()
+
+    def add(self, row: Row, output: RequestOutput, rewards: "Future[Rewards]") -> None:
+        self._waiting.append((row, output, rewards))
+
+    def write_finished(self) -> None:
+        """Writes the groups that have their rewards, in whatever order they got them."""
+        finished = [group for group in self._waiting if group[2].done()]
+        self._waiting = deque(group for group in self._waiting if not group[2].done())
+        for group in finished:
+            self._write(*group)
+
+    def write_rest(self) -> None:
+        """Waits for the rewards that are missing."""
+        while self._waiting:
+            self._write(*self._waiting.popleft())
+
+    def _write(self, row: Row, output: RequestOutput, future: "Future[Rewards]") -> None:
+        rewards = future.result()
+        numbers = [None if isinstance(reward, RewardError) else reward for reward in rewards]
+        advantages = group_advantages(numbers, normalize=self._normalize)
+        scores = {
+            sample.index: _columns(reward, advantage)
+            for sample, reward, advantage in zip(output.outputs, rewards, advantages, strict=True)
+        }
+        self._context.write(row, output, scores)
+
+
+def _columns(reward: float | RewardError, advantage: float | None) -> Mapping[str, Any]:
+    if isinstance(reward, RewardError):
+        return {"error": asdict(ErrorInfo("RewardError", str(reward)))}
+    return {"reward": reward, "advantage": advantage}

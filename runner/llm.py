@@ -1,0 +1,282 @@
+"""`LLM`: text in, text out; joins a model, its tokenizer and the engine."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from runner.models.load import LoadedModel, load_model  # First: it loads the BLAS, then mlx.
+
+# isort: split
+from runner.engine.engine import Engine
+from runner.errors import ParameterError, PromptError, RowError
+from runner.progress import Progress
+from runner.prompts import encode_prompt, prompt_digest
+from runner.types import (
+    Completion,
+    ErrorInfo,
+    Logprob,
+    Message,
+    Prompt,
+    PromptRequest,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
+
+PromptLike: TypeAlias = str | Mapping[str, Any]
+"""A text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request in flight, and the samples of it that have finished."""
+
+    request: PromptRequest
+    output: RequestOutput
+
+
+class LLM:
+    """A model that answers prompts, many at once, with the words that vLLM's users know.
+
+    `model` (a `mlx.nn.Module`) and `tokenizer` (a transformers tokenizer in mlx-lm's wrapper) are
+    there to be used. One thread may use an `LLM`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | LoadedModel,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_batch_size: int = 32,
+        prefill_step_size: int = 2048,
+        seed: int = 0,
+    ) -> None:
+        """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
+
+        Raises:
+            ModelError: the model cannot be loaded, or the engine does not cover its kind.
+            ParameterError: an option has a value that is not allowed.
+        """
+        if not isinstance(model, LoadedModel):
+            model = load_model(
+                str(model), revision=revision, dtype=dtype, max_model_len=max_model_len
+            )
+        self.loaded = model
+        self.model = model.model
+        self.tokenizer = model.tokenizer
+        self.seed = seed
+        self.engine = Engine(
+            model.model,
+            max_batch_size=max_batch_size,
+            prefill_step_size=prefill_step_size,
+            max_model_len=model.max_model_len,
+            eos_token_ids=model.tokenizer.eos_token_ids,
+            decode=self._decode,
+        )
+        self._num_calls = 0
+        self._pending: dict[str, _Pending] = {}
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer, by the name that vLLM gives this."""
+        return self.tokenizer
+
+    def generate(
+        self,
+        prompts: PromptLike | Sequence[PromptLike],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes each prompt; returns the outputs in the order of the prompts.
+
+        Without `SamplingParams.seed` every call draws anew, and a script draws the same again;
+        with it, a call repeated gives the same.
+
+        Raises:
+            PromptError: a prompt is empty or does not fit the context.
+        """
+        listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        return self._run_in_order([_as_prompt(p) for p in listed], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several, each a list of {role, content}.
+
+        Like `generate` otherwise; `chat_template_kwargs` are further variables of the template.
+        """
+        one = bool(messages) and isinstance(messages[0], Mapping)
+        options = dict(chat_template_kwargs or {})
+        listed: list[Any] = [messages] if one else list(messages)
+        prompts = [Prompt(messages=list(m), chat_template_kwargs=options) for m in listed]
+        return self._run_in_order(prompts, sampling_params, use_tqdm)
+
+    def run(
+        self,
+        requests: Iterable[PromptRequest | RequestOutput],
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Iterator[RequestOutput]:
+        """Runs requests, pulled as they are needed; yields each as its samples have finished.
+
+        A request that cannot be run comes out with `error` set, and the others go on; an output
+        among the requests, of a row that failed before it was one, is passed on. `interrupted` is
+        asked after every step: once it says so, the run ends and drops what is in flight.
+        """
+        if self._pending:
+            raise RuntimeError("this LLM is in the middle of another run")
+        source, more = iter(requests), True
+        try:
+            while (more or self.engine.has_unfinished) and not interrupted():
+                while more and self.engine.wants_requests:
+                    request = next(source, None)
+                    more = request is not None
+                    if request is not None and (refused := self._start(request)):
+                        yield refused
+                for completion in self.engine.step():
+                    if output := self._finish(completion):
+                        yield output
+        finally:
+            self._abort_pending()
+
+    def _run_in_order(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        requests = self._requests(prompts, sampling_params)
+        outputs: dict[str, RequestOutput] = {}
+        with Progress(len(prompts), enabled=use_tqdm) as progress:
+            for output in self.run(requests):
+                if output.error is not None:
+                    raise PromptError(f"prompt {output.request_id}: {output.error.message}")
+                outputs[output.request_id] = output
+                progress.update(output)
+        return [outputs[request.request_id] for request in requests]
+
+    def _requests(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[PromptRequest]:
+        """Requests named by their place; a repeated prompt is told apart by its occurrence."""
+        self._num_calls += 1
+        given = sampling_params or SamplingParams()
+        params = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
+        if len(params) != len(prompts):
+            raise ParameterError(
+                f"sampling_params has {len(params)} entries for {len(prompts)} prompts"
+            )
+        seen: Counter[str] = Counter()
+        requests = []
+        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            digest = prompt_digest(prompt)
+            call = f"call {self._num_calls}/" if one.seed is None else ""
+            key = f"{call}{digest}/{seen[digest]}"
+            seen[digest] += 1
+            requests.append(
+                PromptRequest(request_id=str(index), prompt=prompt, params=one, key=key)
+            )
+        return requests
+
+    def _start(self, request: PromptRequest | RequestOutput) -> RequestOutput | None:
+        """Hands a request to the engine; the output of one that cannot be run."""
+        if isinstance(request, RequestOutput):
+            return request
+        if request.request_id in self._pending:
+            raise ValueError(f"request id {request.request_id!r} is in flight already")
+        text, token_ids = request.prompt.text, list(request.prompt.token_ids or ())
+        params = request.params
+        if params.seed is None:
+            params = replace(params, seed=self.seed)
+        try:
+            text, token_ids = encode_prompt(request.prompt, self.tokenizer)
+            self.engine.add(
+                Request(
+                    request_id=request.request_id,
+                    prompt_token_ids=token_ids,
+                    params=params,
+                    key=request.key,
+                )
+            )
+        except RowError as error:
+            return RequestOutput(
+                request_id=request.request_id,
+                prompt=text,
+                prompt_token_ids=token_ids,
+                error=ErrorInfo(type(error).__name__, str(error)),
+            )
+        output = RequestOutput(
+            request_id=request.request_id, prompt=text, prompt_token_ids=token_ids
+        )
+        self._pending[request.request_id] = _Pending(request, output)
+        return None
+
+    def _finish(self, completion: Completion) -> RequestOutput | None:
+        """Adds a sample to its request; the output once it has them all."""
+        pending = self._pending[completion.request_id]
+        params, outputs = pending.request.params, pending.output.outputs
+        completion.text = self._text(completion, params)
+        if completion.logprobs is not None:
+            completion.logprobs = [self._with_text(step) for step in completion.logprobs]
+        outputs.append(completion)
+        if len(outputs) < params.n:
+            return None
+        outputs.sort(key=lambda sample: sample.index)
+        return self._pending.pop(completion.request_id).output
+
+    def _text(self, completion: Completion, params: SamplingParams) -> str:
+        """The text of a sample, without what ended it unless that is asked for."""
+        token_ids, stop = completion.token_ids, completion.stop_reason
+        drop = completion.finish_reason == "stop" and not params.include_stop_str_in_output
+        if drop and not isinstance(stop, str):
+            token_ids = token_ids[:-1]
+        text = self._decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+        if isinstance(stop, str):
+            end = text.find(stop)
+            assert end >= 0, "the stop string that ended a row is in its text"
+            text = text[: end if drop else end + len(stop)]
+        return text
+
+    def _with_text(self, step: dict[int, Logprob]) -> dict[int, Logprob]:
+        return {
+            token_id: replace(
+                logprob, decoded_token=self._decode([token_id], skip_special_tokens=False)
+            )
+            for token_id, logprob in step.items()
+        }
+
+    def _decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def _abort_pending(self) -> None:
+        """Takes what an abandoned run left out of the engine."""
+        for request_id in self._pending:
+            self.engine.abort(request_id)
+        self._pending.clear()
+        while self.engine.has_unfinished:
+            self.engine.step()
+
+
+def _as_prompt(prompt: PromptLike) -> Prompt:
+    if isinstance(prompt, str):
+        return Prompt(text=prompt)
+    if set(prompt) == {"prompt_token_ids"}:
+        return Prompt(token_ids=list(prompt["prompt_token_ids"]))
+    if set(prompt) == {"prompt"}:
+        return Prompt(text=prompt["prompt"])
+    raise ParameterError(
+        f"a prompt has the keys {sorted(prompt)}: it is a str, "
+        "{'prompt': str} or {'prompt_token_ids': [int]}"
+    )

@@ -1,0 +1,72 @@
+"""What a finished run says: `summary.json` and a short table."""
+
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from runner import __version__
+from runner.data import ResultWriter
+from runner.data.summary import summarize
+from runner.llm import LLM
+
+_PACKAGES = ("mlx", "mlx-lm", "transformers", "pyarrow")
+
+
+def summary(directory: Path, writer: ResultWriter, llm: LLM, *, seconds: float) -> dict[str, Any]:
+    """The content of `summary.json`: all results in the directory, and the speed of this run."""
+    stats = llm.engine.stats
+    numbers = summarize(writer.part_paths)
+    return numbers | {
+        "complete": writer.complete,
+        "run": {
+            "seconds": seconds,
+            "prompt_tokens": stats.num_prompt_tokens,
+            "completion_tokens": stats.num_completion_tokens,
+            "tokens_per_second": stats.num_completion_tokens / seconds,
+            "rows_per_hour": stats.num_requests / seconds * 3600,
+            "batch_occupancy": stats.occupancy,
+            "peak_memory_bytes": _peak_memory(),
+            "peak_mlx_memory_bytes": mx.get_peak_memory(),
+        },
+        "model": {
+            "name": llm.loaded.name,
+            "path": llm.loaded.path,
+            "dtype": llm.loaded.dtype,
+            "max_model_len": llm.loaded.max_model_len,
+        },
+        "device": llm.loaded.device,
+        "blas": llm.loaded.blas.name,
+        "versions": {"mlx-runner": __version__} | {name: version(name) for name in _PACKAGES},
+    }
+
+
+def _peak_memory() -> int:
+    """Most bytes that the process held in memory; macOS counts bytes, Linux kibibytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def print_report(numbers: dict[str, Any], directory: Path) -> None:
+    """Prints the table, at most 80 columns wide, and how to read the results."""
+    run, reward = numbers["run"], numbers["reward"]
+    errors = sum(numbers["errors"].values())
+    reasons = ", ".join(f"{count} {name}" for name, count in numbers["finish_reasons"].items())
+    lines = {
+        "rows": f"{numbers['rows']} rows, {numbers['samples']} samples, {errors} errors",
+        "finished": reasons,
+        "tokens": f"{run['completion_tokens']} in {run['seconds']:.1f} s: "
+        f"{run['tokens_per_second']:.0f} tokens/s, {run['rows_per_hour']:.0f} rows/hour",
+        "model": f"{numbers['model']['name']}, {numbers['model']['dtype']}, {numbers['device']}",
+        "BLAS": numbers["blas"],
+        "memory": f"{run['peak_memory_bytes'] / 2**30:.2f} GiB at most",
+    }
+    if reward is not None:
+        lines["reward"] = f"{reward['mean']:.3f} ± {reward['std']:.3f}"
+    print()
+    for name, value in lines.items():
+        print(f"  {name:<9} {value}")
+    print(f'\nRead them with: polars.scan_ipc("{directory}/part-*.arrow").collect()')

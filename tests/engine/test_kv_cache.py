@@ -1,0 +1,113 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache
+from tiny import tiny_model
+
+from runner.engine.kv_cache import LayerKind, PromptKVCache, RowKVCaches, layer_kinds
+from runner.errors import ModelError
+
+KIND = LayerKind(key_shape=(2, 4), value_shape=(2, 3), dtype=mx.float32)
+
+
+def columns(rows: int, count: int, dim: int, start: float) -> mx.array:
+    shape = (rows, 2, count, dim)
+    return start + mx.arange(rows * 2 * count * dim).reshape(shape)
+
+
+def test_rows_write_at_their_own_column():
+    caches = RowKVCaches([KIND])
+    caches.reserve(3, 10)
+    caches.begin_step([0, 4, 9])
+    layer = caches.layers[0]
+    keys, values = columns(3, 1, 4, 1.0), columns(3, 1, 3, 500.0)
+    seen_keys, seen_values = layer.update_and_fetch(keys, values)
+    assert seen_keys.shape[2] == seen_values.shape[2] == 32
+    for row, column in enumerate([0, 4, 9]):
+        assert mx.array_equal(seen_keys[row, :, column], keys[row, :, 0])
+        assert mx.array_equal(seen_values[row, :, column], values[row, :, 0])
+    written = np.array(mx.any(seen_keys != 0, axis=(1, 3)))
+    assert written.sum() == 3, "nothing else was touched"
+
+
+def test_mask_shows_a_row_its_own_columns_and_the_new_one():
+    caches = RowKVCaches([KIND, LayerKind((2, 4), (2, 3), mx.float32, window=3)])
+    caches.reserve(2, 8)
+    caches.begin_step([0, 5])
+    full, sliding = (np.array(layer.make_mask(1))[:, 0, 0] for layer in caches.layers)
+    assert [row.nonzero()[0].tolist() for row in full] == [[0], [0, 1, 2, 3, 4, 5]]
+    assert [row.nonzero()[0].tolist() for row in sliding] == [[0], [3, 4, 5]]
+
+
+def test_growing_keeps_what_is_there():
+    caches = RowKVCaches([KIND])
+    caches.reserve(2, 8)
+    layer = caches.layers[0]
+    layer.write_prefix([0, 1], columns(1, 5, 4, 1.0)[0], columns(1, 5, 3, 1.0)[0])
+    before = np.array(layer.keys)
+    caches.reserve(4, caches.capacity + 1)
+    assert layer.keys.shape[0] == 4 and caches.capacity >= 257
+    after = np.array(layer.keys)
+    assert np.array_equal(after[:2, :, : before.shape[2]], before)
+    assert not after[2:].any() and not after[:, :, before.shape[2] :].any()
+    assert caches.nbytes == sum(a.nbytes for a in layer.state)
+
+
+@pytest.mark.parametrize("rows", [[0], [2, 3], [4, 0, 1], [5, 1, 3]])
+def test_a_prefix_is_copied_to_the_rows_it_is_for_alone(rows):
+    caches = RowKVCaches([KIND])
+    caches.reserve(6, 8)
+    layer = caches.layers[0]
+    keys, values = columns(1, 5, 4, 1.0)[0], columns(1, 5, 3, 1.0)[0]
+    layer.write_prefix(rows, keys, values)
+    for row in range(6):
+        if row in rows:
+            assert mx.array_equal(layer.keys[row, :, :5], keys)
+            assert mx.array_equal(layer.values[row, :, :5], values)
+        else:
+            assert not mx.any(layer.keys[row]).item()
+
+
+def test_rows_are_kept_in_the_given_order_and_cleared():
+    caches = RowKVCaches([KIND])
+    caches.reserve(3, 8)
+    layer = caches.layers[0]
+    for row in range(3):
+        layer.write_prefix([row], mx.full((2, 1, 4), row + 1.0), mx.full((2, 1, 3), row + 1.0))
+    caches.keep_rows([2, 0])
+    assert caches.num_rows == 2
+    assert layer.keys[:, 0, 0, 0].tolist() == [3.0, 1.0]
+    caches.clear_row(0)
+    assert layer.keys[:, 0, 0, 0].tolist() == [0.0, 1.0]
+
+
+def test_prompt_cache_gives_back_all_columns_and_the_mask_for_the_next():
+    cache = PromptKVCache(KIND, 2, 6)
+    assert cache.make_mask(4) == "causal" and cache.make_mask(1) is None
+    cache.update_and_fetch(columns(2, 4, 4, 0.0), columns(2, 4, 3, 0.0))
+    keys, _ = cache.update_and_fetch(columns(2, 2, 4, 900.0), columns(2, 2, 3, 0.0))
+    assert keys.shape == (2, 2, 6, 4)
+    assert mx.array_equal(keys[:, :, 4:], columns(2, 2, 4, 900.0))
+
+
+def test_prompt_cache_masks_what_lies_outside_the_window():
+    cache = PromptKVCache(LayerKind((2, 4), (2, 3), mx.float32, window=3), 1, 6)
+    cache.update_and_fetch(columns(1, 4, 4, 0.0), columns(1, 4, 3, 0.0))
+    mask = np.array(cache.make_mask(2))
+    assert [row.nonzero()[0].tolist() for row in mask] == [[2, 3, 4], [3, 4, 5]]
+
+
+def test_layer_kinds_are_read_off_the_model():
+    model = tiny_model(layer_types=["full_attention", "sliding_attention"], sliding_window=6)
+    kinds, vocab_size = layer_kinds(model)
+    assert [kind.window for kind in kinds] == [None, 6]
+    assert kinds[0].key_shape == (2, 8) and kinds[0].dtype == mx.float32
+    assert vocab_size == 97
+
+
+@pytest.mark.parametrize("cache", [ArraysCache(2), RotatingKVCache(max_size=8, keep=2)])
+def test_a_kind_that_is_not_covered_is_refused_by_name(cache):
+    model = tiny_model()
+    model.make_cache = lambda: [cache, cache]
+    with pytest.raises(ModelError, match=type(cache).__name__):
+        layer_kinds(model)

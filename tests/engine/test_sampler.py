@@ -1,0 +1,122 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import naive_distribution
+
+from runner.engine.sampler import SamplingTable, sample, uniforms
+from runner.engine.sequence import stream_key
+from runner.types import SamplingParams
+
+VOCAB = 50
+LOGITS = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32) * 2
+
+
+def draw_many(params: SamplingParams, count: int, logits: np.ndarray = LOGITS) -> np.ndarray:
+    """Packed samples, (count, columns) int32, each from a stream of its own."""
+    streams = np.array([stream_key(0, "row", i) for i in range(count)], np.uint64)
+    table = SamplingTable.build([params] * count, len(logits))
+    rows = mx.broadcast_to(mx.array(logits), (count, len(logits)))
+    return np.array(sample(rows, table, uniforms(streams, np.zeros(count, np.uint64))).packed)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.6},
+        {"temperature": 2.0, "top_k": 7},
+        {"top_p": 0.7},
+        {"min_p": 0.1},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.02},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_distribution(options):
+    """Pearson's chi-square over 20,000 draws; the bound is the 0.999 quantile (Wilson-Hilferty)."""
+    params = SamplingParams(**options)
+    expected = naive_distribution(LOGITS, params)
+    drawn = np.bincount(draw_many(params, 20_000)[:, 0], minlength=VOCAB)
+    assert drawn[expected == 0].sum() == 0, "a token that was cut off was drawn"
+    common = expected * 20_000 >= 5
+    chi_square = ((drawn - expected * 20_000)[common] ** 2 / (expected * 20_000)[common]).sum()
+    freedom = common.sum() - 1
+    bound = freedom * (1 - 2 / (9 * freedom) + 3.09 * np.sqrt(2 / (9 * freedom))) ** 3
+    assert chi_square < bound
+
+
+@given(
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+    top_k=st.integers(0, VOCAB),
+    top_p=st.floats(0.05, 1.0),
+    min_p=st.floats(0.0, 0.5),
+)
+def test_logprobs_are_of_the_distributions_they_name(temperature, top_k, top_p, min_p):
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    packed = draw_many(params, 8)
+    raw = naive_distribution(LOGITS, SamplingParams())[packed[:, 0]]
+    processed = naive_distribution(LOGITS, params)[packed[:, 0]]
+    floats = packed.view(np.float32)
+    np.testing.assert_allclose(floats[:, 1], np.log(raw), atol=1e-5)
+    np.testing.assert_allclose(floats[:, 2], np.log(processed), atol=1e-5)
+
+
+def test_a_plain_row_has_the_same_bits_for_both_logprobs_beside_a_cut_one():
+    rows = [SamplingParams(), SamplingParams(temperature=0.5, top_k=3), SamplingParams(top_p=0.5)]
+    logits = mx.broadcast_to(mx.array(LOGITS), (3, VOCAB))
+    packed = np.array(sample(logits, SamplingTable.build(rows, VOCAB), mx.full((3,), 0.5)).packed)
+    assert packed[0, 1] == packed[0, 2]
+    assert packed[1, 1] != packed[1, 2]
+
+
+def test_mates_do_not_change_a_bit_of_a_row():
+    mine = SamplingParams(temperature=0.8, top_k=5, top_p=0.9)
+    others = [SamplingParams(top_k=40), SamplingParams(temperature=0.0), SamplingParams(min_p=0.2)]
+    uniform = mx.array([0.37, 0.1, 0.2, 0.3])
+    logits = mx.random.normal((4, VOCAB), key=mx.random.key(1))
+    alone = sample(logits[:1], SamplingTable.build([mine], VOCAB), uniform[:1])
+    mixed = sample(logits, SamplingTable.build([mine, *others], VOCAB), uniform)
+    assert np.array_equal(np.array(alone.packed[0]), np.array(mixed.packed[0]))
+
+
+def test_greedy_takes_the_largest_and_gives_its_model_logprob():
+    packed = draw_many(SamplingParams(temperature=0.0, top_k=3, top_p=0.1), 2)
+    assert packed[0, 0] == LOGITS.argmax()
+    assert packed[0, 1] == packed[0, 2]
+
+
+def test_alternatives_are_ranked_and_hold_the_largest():
+    packed = draw_many(SamplingParams(logprobs=4, temperature=3.0), 16)
+    order = np.argsort(-LOGITS)
+    floats = packed.view(np.float32)
+    expected = np.log(naive_distribution(LOGITS, SamplingParams()))
+    for row, values in zip(packed, floats, strict=True):
+        assert order[row[3] - 1] == row[0], "the rank names the drawn token"
+        assert row[4:8].tolist() == order[:4].tolist()
+        np.testing.assert_allclose(values[8:], expected[order[:4]], atol=1e-5)
+
+
+def test_ties_at_the_edge_stay_in():
+    logits = np.array([1.0, 2.0, 2.0, 0.0], np.float32)
+    drawn = draw_many(SamplingParams(top_k=1), 200, logits)[:, 0]
+    assert set(drawn.tolist()) == {1, 2}
+
+
+def test_uniforms_are_uniform_independent_and_never_0_or_1():
+    streams = np.array([stream_key(7, "row", i) for i in range(100)], np.uint64)
+    drawn = np.stack(
+        [np.array(uniforms(streams, np.full(100, c, np.uint64))) for c in range(200)]
+    )  # (200, 100)
+    assert drawn.min() > 0 and drawn.max() < 1
+    counts = np.histogram(drawn, bins=20, range=(0, 1))[0]
+    assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # 0.999 quantile, 19 degrees of freedom
+    between = np.corrcoef(drawn.T)[np.triu_indices(100, 1)]
+    assert abs(between).max() < 0.35 and abs(between.mean()) < 0.01
+    along = np.corrcoef(drawn[:-1].ravel(), drawn[1:].ravel())[0, 1]
+    assert abs(along) < 0.03
+
+
+def test_a_stream_depends_on_seed_key_and_index():
+    assert len({stream_key(s, k, i) for s in (0, 1) for k in ("a", "b") for i in (0, 1)}) == 8
+    assert stream_key(0, "1", 11) != stream_key(0, "11", 1)
