@@ -32,6 +32,8 @@ class EngineConfig:
     """Rows decoded together."""
     prefill_step_size: int = 2048
     """Prompt tokens, pads included, forwarded at once."""
+    prefix_cache_bytes: int = 268435456
+    """Keys and values kept for prompts that begin like an earlier one; 0 keeps none."""
 
 
 @dataclass
@@ -69,6 +71,7 @@ class DataConfig:
     """Which rows, and how a row becomes a prompt (`data=`)."""
 
     _target_: str = "runner.data.Dataset"
+    _convert_: str = "all"
     path: str = MISSING
     """A .parquet, .jsonl, .jsonl.gz or .arrow file, a directory or glob of them, a Hugging Face
     dataset id, or `pkg://package/file.jsonl`."""

@@ -53,6 +53,7 @@ class LLM:
         max_model_len: int | None = None,
         max_batch_size: int = 32,
         prefill_step_size: int = 2048,
+        prefix_cache_bytes: int = 2**28,
         seed: int = 0,
     ) -> None:
         """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
@@ -73,6 +74,7 @@ class LLM:
             model.model,
             max_batch_size=max_batch_size,
             prefill_step_size=prefill_step_size,
+            prefix_cache_bytes=prefix_cache_bytes,
             max_model_len=model.max_model_len,
             eos_token_ids=model.tokenizer.eos_token_ids,
             decode=self._decode,

@@ -25,6 +25,7 @@ def summary(directory: Path, writer: ResultWriter, llm: LLM, *, seconds: float) 
         "run": {
             "seconds": seconds,
             "prompt_tokens": stats.num_prompt_tokens,
+            "prefix_cached_tokens": stats.num_cached_tokens,
             "completion_tokens": stats.num_completion_tokens,
             "tokens_per_second": stats.num_completion_tokens / seconds,
             "rows_per_hour": stats.num_requests / seconds * 3600,

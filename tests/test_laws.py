@@ -10,7 +10,11 @@ from runner.types import Request
 MODEL = tiny_model()
 WINDOWED = tiny_model(layer_types=["full_attention", "sliding_attention"], sliding_window=6, seed=3)
 
-prompts = st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=40)
+HEADER = [7, 31, 5, 64, 90, 12, 45, 3, 77, 21, 50, 8, 33, 60, 18, 41, 29, 84, 11, 70]
+prompts = st.tuples(
+    st.sampled_from([[], HEADER, HEADER[:17]]),
+    st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=40),
+).map(lambda parts: parts[0] + parts[1])
 sampling = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.0, 0.7, 1.0, 1.5]),
@@ -26,7 +30,11 @@ sampling = st.fixed_dictionaries(
 )
 workloads = st.lists(st.tuples(prompts, sampling), min_size=1, max_size=7)
 sizes = st.fixed_dictionaries(
-    {"max_batch_size": st.integers(1, 9), "prefill_step_size": st.sampled_from([1, 5, 64])}
+    {
+        "max_batch_size": st.integers(1, 9),
+        "prefill_step_size": st.sampled_from([1, 5, 64]),
+        "prefix_cache_bytes": st.sampled_from([0, 20_000, 2**20]),
+    }
 )
 
 

@@ -29,6 +29,7 @@ class Engine:
         *,
         max_batch_size: int = 32,
         prefill_step_size: int = 2048,
+        prefix_cache_bytes: int = 2**28,
         max_model_len: int | None = None,
         eos_token_ids: Collection[int] = (),
         decode: Decode | None = None,
@@ -39,6 +40,8 @@ class Engine:
             model: maps (B, L) token ids and a list of caches to (B, L, V) logits.
             max_batch_size: rows decoded together.
             prefill_step_size: prompt tokens, pads included, forwarded at once.
+            prefix_cache_bytes: keys and values kept for prompts that begin like an earlier one;
+                0 keeps none.
             max_model_len: tokens of prompt and completion together; None for no limit.
             eos_token_ids: tokens that end every row that does not set `ignore_eos`.
             decode: token ids -> text; needed for stop strings alone.
@@ -47,18 +50,21 @@ class Engine:
             ModelError: a layer of the model keeps a kind of past that is not covered.
             ParameterError: a size is below 1.
         """
-        for name, size in (
-            ("max_batch_size", max_batch_size),
-            ("prefill_step_size", prefill_step_size),
-            ("max_model_len", 1 if max_model_len is None else max_model_len),
+        for name, size, least in (
+            ("max_batch_size", max_batch_size, 1),
+            ("prefill_step_size", prefill_step_size, 1),
+            ("prefix_cache_bytes", prefix_cache_bytes, 0),
+            ("max_model_len", 1 if max_model_len is None else max_model_len, 1),
         ):
-            if size < 1:
-                raise ParameterError(f"{name}={size} is not allowed: at least 1")
+            if size < least:
+                raise ParameterError(f"{name}={size} is not allowed: at least {least}")
         self.max_model_len = max_model_len
         self.stats = EngineStats()
         self._eos = frozenset(eos_token_ids)
         self._decode = decode
-        self._runner = ModelRunner(model, prefill_step_size=prefill_step_size)
+        self._runner = ModelRunner(
+            model, prefill_step_size=prefill_step_size, prefix_cache_bytes=prefix_cache_bytes
+        )
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._batch = Batch(max_batch_size=max_batch_size, vocab_size=self._runner.vocab_size)
         self._prefill: Prefill | None = None
@@ -138,16 +144,15 @@ class Engine:
             requests = self._scheduler.next_prompts(self._batch.num_free_rows)
             if requests:
                 self._prefill = self._runner.start_prefill(requests)
+                self.stats.num_cached_tokens += self._prefill.num_cached * len(requests)
         if self._prefill is None:
             return
         self.stats.num_prefill_tokens += self._runner.prefill_chunk(self._prefill)
         if self._prefill.num_left == 0:
-            self._ready += self._ready_prompts(self._prefill)
+            prompts = self._runner.finish_prefill(self._prefill)
+            self.stats.num_prompt_tokens += sum(len(p.request.prompt_token_ids) for p in prompts)
+            self._ready += prompts
             self._prefill = None
-
-    def _ready_prompts(self, prefill: Prefill) -> list[ReadyPrompt]:
-        self.stats.num_prompt_tokens += sum(len(r.prompt_token_ids) for r in prefill.requests)
-        return [ReadyPrompt(r, prefill.caches, row) for row, r in enumerate(prefill.requests)]
 
     def _start_ready(self) -> None:
         """Starts as many samples of prefilled prompts as there are free rows."""

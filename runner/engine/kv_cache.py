@@ -95,6 +95,16 @@ class PromptKVCache:
         """The arrays to evaluate."""
         return self.keys, self.values
 
+    def start_from(self, keys: mx.array, values: mx.array, num_columns: int) -> None:
+        """Takes the first columns of every prompt from (H, L, D) that are known already."""
+        self.keys[:, :, :num_columns] = keys[:, :num_columns]
+        self.values[:, :, :num_columns] = values[:, :num_columns]
+        self.offset = num_columns
+
+    def columns(self, row: int, num_columns: int) -> tuple[mx.array, mx.array]:
+        """The first columns of one prompt, each (H, L, D)."""
+        return self.keys[row, :, :num_columns], self.values[row, :, :num_columns]
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Appends (P, H, N, D) at the common column; returns all columns so far."""
         start, self.offset = self.offset, self.offset + keys.shape[2]

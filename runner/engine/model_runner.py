@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from runner.engine.kv_cache import PromptKVCache, RowKVCaches, layer_kinds
+from runner.engine.prefix_cache import PrefixCache
 from runner.types import Request
 
 
@@ -25,6 +26,9 @@ class Prefill:
     """(P, L) int32, padded on the right."""
     num_done: int = 0
     """Columns forwarded so far."""
+
+    num_cached: int = 0
+    """Columns that came from the prefix cache."""
 
     @property
     def num_left(self) -> int:
@@ -56,20 +60,30 @@ class ReadyPrompt:
 class ModelRunner:
     """A model and the row slots of its caches."""
 
-    def __init__(self, model: nn.Module, *, prefill_step_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, prefill_step_size: int, prefix_cache_bytes: int
+    ) -> None:
         self._model = model
         self._kinds, self.vocab_size = layer_kinds(model)
         self._prefill_step_size = prefill_step_size
         self.caches = RowKVCaches(self._kinds)
+        self._prefix_cache = PrefixCache(max_bytes=prefix_cache_bytes)
 
     def start_prefill(self, requests: list[Request]) -> Prefill:
-        """Lays out prompts for `prefill_chunk`."""
+        """Lays out prompts for `prefill_chunk`, from the longest prefix that is cached for all."""
         lengths = [len(request.prompt_token_ids) - 1 for request in requests]
         padded = np.zeros((len(requests), max(lengths)), np.int32)
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             padded[row, :length] = request.prompt_token_ids[:length]
         caches = [PromptKVCache(kind, *padded.shape) for kind in self._kinds]
-        return Prefill(requests, caches, mx.array(padded))
+        prefill = Prefill(requests, caches, mx.array(padded))
+        prompts = [request.prompt_token_ids[:-1] for request in requests]
+        if found := self._prefix_cache.find(prompts):
+            entry, prefill.num_done = found
+            for cache, columns in zip(caches, entry.columns, strict=True):
+                cache.start_from(*columns, prefill.num_done)
+        prefill.num_cached = prefill.num_done
+        return prefill
 
     def prefill_chunk(self, prefill: Prefill) -> int:
         """Forwards the next columns of all prompts; returns the positions forwarded."""
@@ -83,6 +97,16 @@ class ModelRunner:
         prefill.num_done = end
         return num_prompts * size
 
+    def finish_prefill(self, prefill: Prefill) -> list[ReadyPrompt]:
+        """Ends a prefill that has nothing left; its prompts go into the prefix cache."""
+        for row, request in enumerate(prefill.requests):
+            token_ids = request.prompt_token_ids[:-1]
+            views = [cache.columns(row, len(token_ids)) for cache in prefill.caches]
+            # A copy: a view would keep the columns of the whole prefill in memory.
+            columns = [(mx.contiguous(keys), mx.contiguous(values)) for keys, values in views]
+            self._prefix_cache.add(token_ids, columns)
+        return [ReadyPrompt(r, prefill.caches, row) for row, r in enumerate(prefill.requests)]
+
     def reserve(self, num_rows: int, num_columns: int) -> None:
         """Makes room in the row slots."""
         self.caches.reserve(num_rows, num_columns)
@@ -92,8 +116,7 @@ class ModelRunner:
         if prompt.num_cached == 0:
             return
         for layer, cache in zip(self.caches.layers, prompt.caches, strict=True):
-            keys, values = (a[prompt.row, :, : prompt.num_cached] for a in cache.state)
-            layer.write_prefix(rows, keys, values)
+            layer.write_prefix(rows, *cache.columns(prompt.row, prompt.num_cached))
 
     def decode(self, token_ids: mx.array, positions: Sequence[int]) -> mx.array:
         """Forwards one token per row, (B,), written at `positions`; logits (B, V)."""

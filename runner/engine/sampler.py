@@ -124,33 +124,40 @@ class Samples:
 def sample(logits: mx.array, table: SamplingTable, uniform: mx.array) -> Samples:
     """Draws a token for each row of `logits`, (B, V) of any float dtype, with `uniform`, (B,)."""
     logits = logits.astype(mx.float32)
-    raw = mx.logsumexp(logits, axis=-1, keepdims=True)  # (B, 1)
-    scaled = logits if table.temperature is None else logits / table.temperature
-    kept = _truncate(scaled, table)
-    plain = kept is logits
-    token_ids = _choose(logits, kept, table, uniform)
+    weights, raw = _normalized(logits)
+    kept = _truncate(logits if table.temperature is None else logits / table.temperature, table)
+    # The exponentials are what costs here: a batch without temperature or truncation needs one set.
+    kept_weights, processed = (weights, raw) if kept is logits else _normalized(kept)
+    token_ids = _choose(logits, kept_weights, table, uniform)
     index = token_ids[:, None]
     raw_logprobs = mx.take_along_axis(logits, index, axis=-1) - raw  # (B, 1)
-    normalizer = raw if plain else mx.logsumexp(kept, axis=-1, keepdims=True)
-    processed = mx.take_along_axis(scaled, index, axis=-1) - normalizer
-    columns = [index, raw_logprobs.view(mx.int32), processed.view(mx.int32)]
+    processed_logprobs = mx.take_along_axis(kept, index, axis=-1) - processed
+    columns = [index, raw_logprobs.view(mx.int32), processed_logprobs.view(mx.int32)]
     if table.num_top_logprobs is not None:
         columns += _alternatives(logits, raw, index, table.num_top_logprobs)
     return Samples(token_ids=token_ids, packed=mx.concatenate(columns, axis=-1))
 
 
-def _choose(logits: mx.array, kept: mx.array, table: SamplingTable, uniform: mx.array) -> mx.array:
+def _normalized(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """Weights relative to the most likely token, (B, V), and the log-sum-exp, (B, 1)."""
+    top = mx.max(logits, axis=-1, keepdims=True)
+    weights = mx.exp(logits - top)
+    return weights, top + mx.log(mx.sum(weights, axis=-1, keepdims=True))
+
+
+def _choose(
+    logits: mx.array, weights: mx.array, table: SamplingTable, uniform: mx.array
+) -> mx.array:
     if table.all_greedy:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
-    drawn = _invert_cdf(kept, uniform)
+    drawn = _invert_cdf(weights, uniform)
     if table.greedy is None:
         return drawn
     return mx.where(table.greedy, mx.argmax(logits, axis=-1).astype(mx.int32), drawn)
 
 
-def _invert_cdf(logits: mx.array, uniform: mx.array) -> mx.array:
+def _invert_cdf(weights: mx.array, uniform: mx.array) -> mx.array:
     """The first token at which the cumulative weight passes the uniform; (B,) int32."""
-    weights = mx.exp(logits - mx.max(logits, axis=-1, keepdims=True))
     cumulative = mx.cumsum(weights, axis=-1)
     passed = cumulative > uniform[:, None] * cumulative[:, -1:]
     # A parallel scan may dip by a rounding: a token of weight zero is never the answer.

@@ -13,6 +13,8 @@ class EngineStats:
     """Prompt tokens of the requests prefilled, each prompt counted once."""
     num_prefill_tokens: int = 0
     """Positions forwarded in prefill, pads included."""
+    num_cached_tokens: int = 0
+    """Positions that the prefix cache saved from being forwarded."""
     num_completion_tokens: int = 0
     """Tokens sampled that belong to a completion: no pads, nothing past an end."""
     num_steps: int = 0

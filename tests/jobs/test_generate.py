@@ -73,8 +73,11 @@ def test_results_open_unchanged_in_polars_pyarrow_and_datasets(place):
     key = ["row_id", "sample_index"]
     assert by_polars.height == 18
     assert pl.from_arrow(by_arrow).sort(key).equals(by_polars)
-    assert pl.from_arrow(loaded.data.table).sort(key).select("text", "logprobs").equals(
-        by_polars.select("text", "logprobs")
+    assert (
+        pl.from_arrow(loaded.data.table)
+        .sort(key)
+        .select("text", "logprobs")
+        .equals(by_polars.select("text", "logprobs"))
     )
     field = by_arrow.schema.field("raw_logprobs")
     assert b"model" in field.metadata[b"distribution"]

@@ -1,0 +1,73 @@
+"""Keys and values of prompts that were prefilled before, for those that begin alike."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+_MIN_TOKENS = 16
+"""A shorter match costs more to copy than to forward."""
+
+Columns = list[tuple[mx.array, mx.array]]
+"""Keys and values per layer, each (H, L, D)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixEntry:
+    """A prefilled prompt: its tokens and their columns."""
+
+    token_ids: npt.NDArray[np.int32]
+    columns: Columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the columns."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.columns)
+
+    def num_shared(self, token_ids: Sequence[int]) -> int:
+        """Tokens that this prompt and another begin with alike."""
+        size = min(len(self.token_ids), len(token_ids))
+        differs = self.token_ids[:size] != np.asarray(token_ids[:size], np.int32)
+        return int(differs.argmax()) if differs.any() else size
+
+
+class PrefixCache:
+    """The most recently used prompts, up to `max_bytes` of keys and values."""
+
+    def __init__(self, *, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[bytes, PrefixEntry] = OrderedDict()
+        self.nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, prompts: Sequence[Sequence[int]]) -> tuple[PrefixEntry, int] | None:
+        """The entry that all of `prompts` share the most tokens with, and how many.
+
+        None where they share too few with any to be worth a copy.
+        """
+        best_key, best = b"", 0
+        for key, entry in self._entries.items():
+            shared = min(entry.num_shared(prompt) for prompt in prompts)
+            if shared > best:
+                best_key, best = key, shared
+        if best < _MIN_TOKENS:
+            return None
+        self._entries.move_to_end(best_key)
+        return self._entries[best_key], best
+
+    def add(self, token_ids: Sequence[int], columns: Columns) -> None:
+        """Keeps a prompt's columns; drops the least recently used beyond `max_bytes`."""
+        entry = PrefixEntry(np.asarray(token_ids, np.int32), columns)
+        key = entry.token_ids.tobytes()
+        if len(token_ids) < _MIN_TOKENS or key in self._entries or entry.nbytes > self._max_bytes:
+            return
+        self._entries[key] = entry
+        self.nbytes += entry.nbytes
+        while self.nbytes > self._max_bytes:
+            _, dropped = self._entries.popitem(last=False)
+            self.nbytes -= dropped.nbytes
