@@ -24,9 +24,10 @@ def rollout(config: DictConfig, *, normalize_advantage: bool = True) -> None:
     """
     context = RunContext(config)
     _check_reward(config, context)
+    reward = instantiate(config.reward)
     if context.complete:
         return
-    with context, RewardRunner(instantiate(config.reward)) as rewards:
+    with context, RewardRunner(reward) as rewards:
         groups = _Groups(context, normalize_advantage=normalize_advantage)
         for row, output in context.outputs():
             if output.error is not None:

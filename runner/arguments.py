@@ -8,6 +8,9 @@ from typing import NoReturn
 
 from runner.errors import UsageError
 
+_TEXTS = ("data.prompt_template", "data.system_prompt", "reward.pattern")
+"""Options whose value is free text, with braces, commas and quotes."""
+
 
 @dataclass
 class Arguments:
@@ -62,8 +65,16 @@ def parse_arguments(argv: list[str], groups: Mapping[str, Collection[str]]) -> A
 
 
 def _quoted(word: str, groups: Collection[str]) -> str:
-    """Makes a choice's name a string: Hydra reads `reward=null` and `sampling=5` as other types."""
+    """Makes a string of what Hydra would read as something else.
+
+    `reward=null` and `sampling=5` name choices; `data.prompt_template={{ question }}, please` is a
+    text, unless it comes in quotes of its own, as the texts of a sweep do.
+    """
     key, _, value = word.partition("=")
+    if key in _TEXTS and value[:1] not in ("'", '"') and value != "null":
+        # In Hydra's quotes a backslash is itself, but before a quote.
+        escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
+        return f"{key}='{escaped}'"
     is_name = key not in groups or not re.fullmatch(r"(?i)null|true|false|[\d.+-]+", value)
     return word if is_name else f"{key}='{value}'"
 

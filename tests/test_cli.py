@@ -277,3 +277,20 @@ print(*heavy & set(sys.modules), file=sys.stderr)
     done = python("-c", code, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "\n")
     assert done.stdout
+
+
+@pytest.mark.parametrize("key", ["data.prompt_template", "data.system_prompt", "reward.pattern"])
+@pytest.mark.parametrize(
+    "text",
+    ["Q {{ q }}, [x]: A=", "it's", r"\d+\'", "back\\", "two\nlines", 'a "b" c', "", "(?i)yes"],
+)
+def test_free_text_needs_no_quotes_of_hydras(key: str, text: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (word,) = parse_arguments([f"{key}={text}"], GROUPS).overrides
+    assert OverridesParser.create().parse_override(word).value() == text
+
+
+def test_texts_in_quotes_and_null_are_left_to_hydra() -> None:
+    words = ["data.system_prompt='a','b'", "data.prompt_template=null"]
+    assert parse_arguments(words, GROUPS).overrides == words

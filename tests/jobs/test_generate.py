@@ -138,9 +138,9 @@ def test_bad_rows_are_rows_with_an_error_and_the_others_go_on(place):
         (["data.prompt_column=q", "data.chat=true", "data.system_prompt=be kind"],
          "<system>be kind<user>hi<a>"),
         (["data.messages_column=chat"], "<user>yo<a>"),
-        (["data.messages_column=chat", "+data.chat_template_kwargs.mood=!"], "<user>yo<a>!"),
+        (["data.messages_column=chat", "+data.chat_template_kwargs.mood=ok"], "<user>yo<a>ok"),
         (["data.token_ids_column=ids"], None),
-        (["'data.prompt_template=Q {{ q }} of {{ n }}'"], "Q hi of 3"),
+        (["data.prompt_template=Q {{ q }}:\n{{ n }}"], "Q hi:\n3"),
     ],
     ids=["raw", "chat", "system", "messages", "kwargs", "token ids", "template"],
 )  # fmt: skip
