@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from runner.errors import ParameterError, RewardError
 from runner.job import Row, RunContext
 from runner.rewards import RewardRunner, group_advantages
-from runner.types import ErrorInfo, RequestOutput
+from runner.types import Completion, ErrorInfo, RequestOutput
 
 Rewards = list[float | RewardError]
 
@@ -75,17 +75,26 @@ class _Groups:
             self._write(*self._waiting.popleft())
 
     def _write(self, row: Row, output: RequestOutput, future: "Future[Rewards]") -> None:
-        rewards = future.result()
-        numbers = [None if isinstance(reward, RewardError) else reward for reward in rewards]
+        pairs = list(zip(output.outputs, future.result(), strict=True))
+        numbers = [_number(sample, reward) for sample, reward in pairs]
         advantages = group_advantages(numbers, normalize=self._normalize)
         scores = {
-            sample.index: _columns(reward, advantage)
-            for sample, reward, advantage in zip(output.outputs, rewards, advantages, strict=True)
+            sample.index: _columns(sample, reward, advantage)
+            for (sample, reward), advantage in zip(pairs, advantages, strict=True)
         }
         self._context.write(row, output, scores)
 
 
-def _columns(reward: float | RewardError, advantage: float | None) -> Mapping[str, Any]:
-    if isinstance(reward, RewardError):
+def _number(sample: Completion, reward: float | RewardError) -> float | None:
+    """The reward, if the sample is whole and has one."""
+    if sample.finish_reason == "error" or isinstance(reward, RewardError):
+        return None
+    return reward
+
+
+def _columns(
+    sample: Completion, reward: float | RewardError, advantage: float | None
+) -> Mapping[str, Any]:
+    if isinstance(reward, RewardError) and sample.finish_reason != "error":
         return {"error": asdict(ErrorInfo("RewardError", str(reward)))}
-    return {"reward": reward, "advantage": advantage}
+    return {"reward": _number(sample, reward), "advantage": advantage}

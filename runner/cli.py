@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -27,6 +28,7 @@ from runner.help import job_help, program_help
 def main() -> None:
     """Runs `runner`; a usage error is one line on stderr and exit code 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    warnings.showwarning = _warn_in_one_line
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -38,6 +40,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         _exit_with(error)
+
+
+def _warn_in_one_line(message: Warning | str, *where: object, **also: object) -> None:
+    """What a library warns of is for the user here, not for whoever wrote the calling line."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> None:

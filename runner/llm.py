@@ -1,5 +1,6 @@
 """`LLM`: text in, text out; joins a model, its tokenizer and the engine."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,8 @@ class LLM:
             model = load_model(
                 str(model), revision=revision, dtype=dtype, max_model_len=max_model_len
             )
+        if model.blas.warning is not None:
+            warnings.warn(model.blas.warning, stacklevel=2)
         self.loaded = model
         self.model = model.model
         self.tokenizer = model.tokenizer

@@ -106,7 +106,7 @@ def test_the_fixed_parts_are_typed() -> None:
 
 def test_a_rollout_samples_a_group_and_rewards_it() -> None:
     config = compose("job=rollout")
-    assert config.sampling.n == 8
+    assert config.sampling.n == 4
     assert config.sampling.temperature == 1.0
     assert config.reward._target_ == "runner.rewards.last_number"
     assert config.data.path == "pkg://runner/data/arithmetic.jsonl"
@@ -120,7 +120,7 @@ def test_a_generation_has_one_completion_and_no_reward() -> None:
 
 def test_the_data_suggest_where_a_completion_ends_and_sampling_decides() -> None:
     assert compose("data=arithmetic").sampling.stop == ["\n"]
-    assert compose("data=arithmetic").sampling.max_tokens == 48
+    assert compose("data=arithmetic").sampling.max_tokens == 32
     custom = compose("job=rollout", "data=custom", "data.path=rows.jsonl")
     assert custom.sampling.stop == []
     assert custom.sampling.max_tokens == 256

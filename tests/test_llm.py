@@ -1,6 +1,7 @@
 """The public face: vLLM's words, text in and out, errors, order."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from tiny_files import CONTEXT
 
 from runner import LLM, SamplingParams
 from runner.errors import ParameterError, PromptError
+from runner.models.blas import Blas
 from runner.types import Prompt, PromptRequest, RequestOutput
 
 FREE = SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True, seed=1)
@@ -202,6 +204,12 @@ def test_two_requests_of_one_name_are_refused(llm):
 def test_the_bar_can_be_had(llm, capsys):
     llm.generate(["a", "b"], FREE)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_a_slow_blas_is_warned_of(llm):
+    slow = replace(llm.loaded, blas=Blas("reference", warning="no optimised BLAS found"))
+    with pytest.warns(UserWarning, match="no optimised BLAS"):
+        LLM(slow)
 
 
 @pytest.mark.real_model

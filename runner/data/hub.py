@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 
 from runner.data.schemas import plain_schema
@@ -14,6 +15,7 @@ SHUFFLE_BUFFER = 10_000
 """Rows that are held while shuffled rows are streamed."""
 
 _HEAD_ROWS = 1024
+_TIMEOUT_SECONDS = 10.0
 
 
 @contextmanager
@@ -28,12 +30,18 @@ def _asking(path: str) -> Iterator[None]:
         ) from error
 
 
+def _look_up(path: str) -> None:
+    """Asks for the dataset once: `datasets` itself retries for half a minute without a network."""
+    huggingface_hub.HfApi().dataset_info(path, timeout=_TIMEOUT_SECONDS)
+
+
 class HubSource:
     """One split of a hub dataset; shuffling is approximate, within `SHUFFLE_BUFFER` rows."""
 
     def __init__(self, path: str, *, name: str | None, split: str) -> None:
         self._path = path
         with _asking(path):
+            _look_up(path)
             dataset = datasets.load_dataset(path, name, split=split, streaming=True)
             # Images and sound stay bytes, which Arrow can hold.
             self._dataset: Any = dataset if dataset.features is None else dataset.decode(False)

@@ -21,6 +21,14 @@ def streamed(with_features: bool = True) -> Any:
     )
 
 
+@pytest.fixture(autouse=True)
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids that were looked up on a hub that knows them all."""
+    asked: list[str] = []
+    monkeypatch.setattr("runner.data.hub._look_up", asked.append)
+    return asked
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     calls: list[Any] = []
@@ -94,3 +102,18 @@ def test_errors_while_reading_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: stream)
     with pytest.raises(DataError, match="cannot be read"):
         list(Dataset(path="owner/rows"))
+
+
+def test_an_id_that_cannot_be_looked_up_is_given_up_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(path: str) -> None:
+        raise ConnectionError("no network")
+
+    def load_dataset(*args: Any, **options: Any) -> None:
+        raise AssertionError("retries for half a minute")
+
+    monkeypatch.setattr("runner.data.hub._look_up", fail)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match="no network"):
+        HubSource("org/name", name=None, split="train")
