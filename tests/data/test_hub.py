@@ -6,7 +6,7 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from runner.data import Dataset
+from runner.data import Dataset, hub
 from runner.errors import DataError
 
 ROWS = [{"prompt": f"p{i}", "answer": i} for i in range(8)]
@@ -116,4 +116,4 @@ def test_an_id_that_cannot_be_looked_up_is_given_up_at_once(
     monkeypatch.setattr("runner.data.hub._look_up", fail)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match="no network"):
-        HubSource("org/name", name=None, split="train")
+        hub.HubSource("org/name", name=None, split="train")
