@@ -58,6 +58,7 @@ class Engine:
         ):
             if size < least:
                 raise ParameterError(f"{name}={size} is not allowed: at least {least}")
+        self.max_batch_size = max_batch_size
         self.max_model_len = max_model_len
         self.stats = EngineStats()
         self._eos = frozenset(eos_token_ids)
@@ -121,6 +122,10 @@ class Engine:
                 if request is not None:
                     self.add(request)
             yield from self.step()
+
+    def clear_prefix_cache(self) -> None:
+        """Forgets the prompts of before."""
+        self._runner.clear_prefix_cache()
 
     def abort(self, request_id: str) -> None:
         """Ends a request: its unfinished samples come out of the next step as `abort`."""

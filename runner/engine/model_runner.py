@@ -107,6 +107,10 @@ class ModelRunner:
             self._prefix_cache.add(token_ids, columns)
         return [ReadyPrompt(r, prefill.caches, row) for row, r in enumerate(prefill.requests)]
 
+    def clear_prefix_cache(self) -> None:
+        """Forgets the prompts of before."""
+        self._prefix_cache.clear()
+
     def reserve(self, num_rows: int, num_columns: int) -> None:
         """Makes room in the row slots."""
         self.caches.reserve(num_rows, num_columns)

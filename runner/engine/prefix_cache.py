@@ -71,3 +71,8 @@ class PrefixCache:
         while self.nbytes > self._max_bytes:
             _, dropped = self._entries.popitem(last=False)
             self.nbytes -= dropped.nbytes
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self._entries.clear()
+        self.nbytes = 0

