@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from runner.engine.attention import fold_decode_attention
 from runner.engine.kv_cache import PromptKVCache, RowKVCaches, layer_kinds
 from runner.engine.prefix_cache import PrefixCache
 from runner.types import Request
@@ -64,6 +65,7 @@ class ModelRunner:
         self, model: nn.Module, *, prefill_step_size: int, prefix_cache_bytes: int
     ) -> None:
         self._model = model
+        fold_decode_attention(model)
         self._kinds, self.vocab_size = layer_kinds(model)
         self._prefill_step_size = prefill_step_size
         self.caches = RowKVCaches(self._kinds)
