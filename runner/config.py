@@ -70,7 +70,8 @@ class SamplingConfig:
     """Subtracted from the logits of tokens that the completion holds; -2 to 2."""
     frequency_penalty: float = 0.0
     """Subtracted once for each time that the completion holds the token; -2 to 2."""
-    logit_bias: dict[Any, float] = field(default_factory=dict)
+    # Any: Hydra adds no key to a typed mapping, and the ids may be written as text.
+    logit_bias: Any = None
     """Token id -> what is added to its logit, -100 to 100, as in {5: 1.5}."""
     min_tokens: int = 0
     """Tokens before the first that may end a completion."""

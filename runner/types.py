@@ -16,11 +16,11 @@ def _as_tuple(value: Any, item: type) -> tuple[Any, ...]:
     return (value,) if isinstance(value, item) else tuple(value or ())
 
 
-def _as_logit_bias(given: Mapping[Any, Any]) -> dict[int, float]:
+def _as_logit_bias(given: Any) -> dict[int, float]:
     """Ids as int, also where JSON or YAML made them str; raises ParameterError for another."""
     try:
         biases = {int(token_id): float(bias) for token_id, bias in given.items()}
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         what = "a number for each token id"
         raise ParameterError(f"logit_bias={given!r} is not allowed: {what}") from error
     if len(biases) < len(given):
