@@ -4,11 +4,12 @@ Histories live on the device and take each token from the step that samples it, 
 be launched before the host has read the one before. Definitions and order are vLLM's.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from runner.engine.sequence import Sequence
 
@@ -53,14 +54,19 @@ def _entries(row: Sequence) -> Iterator[_Entry]:
 
 
 def _carried(
-    old: mx.array | None, fresh: mx.array, old_rows: list[Sequence], rows: list[Sequence]
+    old: mx.array | None,
+    old_rows: list[Sequence],
+    rows: list[Sequence],
+    start: Callable[[list[Sequence]], mx.array],
 ) -> mx.array:
-    """(R, ...): each row's own slice of `old` where it had one, else its slice of `fresh`."""
+    """(R, ...): each row's own slice of `old` if it has one; the others' come from `start`."""
+    known = set(old_rows)
+    new = [row for row in rows if row not in known]
+    started = [start(new)] if new else []
     if old is None:
-        return fresh
-    places = {row: place for place, row in enumerate(old_rows)}
-    index = [places.get(row, len(old_rows) + place) for place, row in enumerate(rows)]
-    return mx.concatenate([old, fresh])[mx.array(index)]
+        return started[0]
+    places = {row: place for place, row in enumerate([*old_rows, *new])}
+    return mx.concatenate([old, *started])[mx.array([places[row] for row in rows])]
 
 
 class _Rows:
@@ -99,10 +105,11 @@ class _AllowedTokens:
         return self._rows.put(logits, kept)
 
 
-def _mask(token_ids: tuple[int, ...], vocab_size: int) -> mx.array:
-    mask = mx.zeros((vocab_size,), mx.bool_)
-    mask[mx.array(list(token_ids))] = True
-    return mask
+def _mask(token_ids: Iterable[int], vocab_size: int) -> mx.array:
+    """(V,) bool: true for these tokens."""
+    mask = np.zeros(vocab_size, np.bool_)
+    mask[np.fromiter(token_ids, np.int64)] = True
+    return mx.array(mask)
 
 
 class _RecentTokens:
@@ -112,9 +119,12 @@ class _RecentTokens:
         self.sequences = rows
         self._index = _Rows(rows, num_rows).index
         width = _longest_prefix(rows)
-        fresh = mx.full((len(rows), width), _NO_TOKEN, mx.int32)
-        before = old._resized(width) if old else None
-        self.token_ids = _carried(before, fresh, old.sequences if old else [], rows)
+        self.token_ids = _carried(
+            old._resized(width) if old else None,
+            old.sequences if old else [],
+            rows,
+            lambda new: mx.full((len(new), width), _NO_TOKEN, mx.int32),
+        )
 
     def _resized(self, width: int) -> mx.array:
         missing = max(0, width - self.token_ids.shape[1])
@@ -177,19 +187,31 @@ class _Penalties:
         self._repetition = _column([p.repetition_penalty for p in params])
         self._presence = _column([p.presence_penalty for p in params])
         self._frequency = _column([p.frequency_penalty for p in params])
+        self._repeats = any(p.repetition_penalty != 1.0 for p in params)
+        self._counted = any(p.presence_penalty or p.frequency_penalty for p in params)
         before = old._sequences if old else []
-        fresh = mx.zeros((len(rows), vocab_size), mx.int32)
-        self._counts: mx.array = _carried(old._counts if old else None, fresh, before, rows)
-        known = set(before)
-        prompts = _prompt_masks([row if row not in known else None for row in rows], vocab_size)
-        self._in_prompt: mx.array = _carried(old._in_prompt if old else None, prompts, before, rows)
+        self._counts: mx.array = _carried(
+            old._counts if old else None,
+            before,
+            rows,
+            lambda new: mx.zeros((len(new), vocab_size), mx.int32),
+        )
+        self._in_prompt: mx.array = _carried(
+            old._in_prompt if old else None,
+            before,
+            rows,
+            lambda new: mx.stack([_prompt_mask(row, vocab_size) for row in new]),
+        )
 
     def __call__(self, logits: mx.array) -> mx.array:
         mine = self._rows.take(logits)
         present = self._counts > 0
-        repeated = mx.where(mine > 0, mine / self._repetition, mine * self._repetition)
-        mine = mx.where(present | self._in_prompt, repeated, mine)
-        mine = mine - self._frequency * self._counts - self._presence * present
+        # A value that changes nothing changes no bit, so what no row asks for can be left out.
+        if self._repeats:
+            repeated = mx.where(mine > 0, mine / self._repetition, mine * self._repetition)
+            mine = mx.where(present | self._in_prompt, repeated, mine)
+        if self._counted:
+            mine = mine - self._frequency * self._counts - self._presence * present
         return self._rows.put(logits, mine)
 
     def push(self, token_ids: mx.array) -> None:
@@ -201,13 +223,10 @@ def _column(values: list[float]) -> mx.array:
     return mx.array(values, mx.float32)[:, None]
 
 
-def _prompt_masks(rows: list[Sequence | None], vocab_size: int) -> mx.array:
-    """(R, V) bool: the tokens of each row's prompt; nothing for None."""
-    masks = mx.zeros((len(rows), vocab_size), mx.bool_)
-    for place, row in enumerate(rows):
-        if row is not None and row.request.params.repetition_penalty != 1.0:
-            masks[place, mx.array(list(row.request.prompt_token_ids))] = True
-    return masks
+def _prompt_mask(row: Sequence, vocab_size: int) -> mx.array:
+    """(V,) bool: the tokens of the prompt, where a penalty counts them."""
+    counted = row.request.params.repetition_penalty != 1.0
+    return _mask(row.request.prompt_token_ids if counted else (), vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
