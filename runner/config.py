@@ -64,6 +64,21 @@ class SamplingConfig:
     """Leaves the stop string at the end of the text."""
     skip_special_tokens: bool = True
     """Leaves special tokens out of the text."""
+    repetition_penalty: float = 1.0
+    """Makes tokens of the prompt and the completion so far less likely where above 1."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the completion holds; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that the completion holds the token; -2 to 2."""
+    # Any: Hydra adds no key to a typed mapping, and the ids may be written as text.
+    logit_bias: Any = None
+    """Token id -> what is added to its logit, -100 to 100, as in {5: 1.5}."""
+    min_tokens: int = 0
+    """Tokens before the first that may end a completion."""
+    bad_words: list[str] = field(default_factory=list)
+    """Words that a completion never holds."""
+    allowed_token_ids: list[int] | None = None
+    """The only token ids that a completion may hold; null allows all."""
 
 
 @dataclass

@@ -66,6 +66,7 @@ class RunContext:
     def __enter__(self) -> "RunContext":
         options = _plain(self.config.model) | _plain(self.config.engine)
         self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
+        self.llm.check(self.params)
         self.writer.start()
         (self.directory / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
         self._progress = Progress(self.dataset.num_rows, initial=len(self.writer.done_rows))
@@ -173,7 +174,7 @@ def sample_columns(sample: Completion) -> dict[str, Any]:
         "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),
     }
     if sample.finish_reason == "error":
-        message = "the model gave a logprob that is not a number"
+        message = "a logprob is not a number: the model's own, or the options left no token"
         columns["error"] = asdict(ErrorInfo("ModelOutputError", message))
     return columns
 

@@ -11,9 +11,10 @@ from runner.models.load import LoadedModel, load_model  # First: it loads the BL
 
 # isort: split
 from runner.engine.engine import Engine
+from runner.engine.stop import TextStream
 from runner.errors import ParameterError, PromptError, RowError
 from runner.progress import Progress
-from runner.prompts import encode_prompt, prompt_digest
+from runner.prompts import encode_bad_words, encode_prompt, prompt_digest
 from runner.types import (
     Completion,
     ErrorInfo,
@@ -82,6 +83,7 @@ class LLM:
             eos_token_ids=model.tokenizer.eos_token_ids,
             decode=self._decode,
         )
+        self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
         self._num_calls = 0
         self._pending: dict[str, _Pending] = {}
 
@@ -153,6 +155,10 @@ class LLM:
         finally:
             self._abort_pending()
 
+    def check(self, params: SamplingParams) -> None:
+        """Raises ParameterError where no request can be sampled as `params` say."""
+        self.engine.check_params(params, self._bad_words_token_ids(params))
+
     def _run_in_order(
         self,
         prompts: list[Prompt],
@@ -212,6 +218,7 @@ class LLM:
                     prompt_token_ids=token_ids,
                     params=params,
                     key=request.key,
+                    bad_words_token_ids=self._bad_words_token_ids(params),
                 )
             )
         except RowError as error:
@@ -226,6 +233,13 @@ class LLM:
         )
         self._pending[request.request_id] = _Pending(request, output)
         return None
+
+    def _bad_words_token_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The bad words in token ids; a job's rows share them, so the last are remembered."""
+        words = params.bad_words
+        if words not in self._bad_words:
+            self._bad_words = {words: encode_bad_words(words, self.tokenizer)}
+        return self._bad_words[words]
 
     def _finish(self, completion: Completion) -> RequestOutput | None:
         """Adds a sample to its request; the output once it has them all."""
@@ -248,9 +262,16 @@ class LLM:
             token_ids = token_ids[:-1]
         text = self._decode(token_ids, skip_special_tokens=params.skip_special_tokens)
         # -1 where a tokenizer tidies spaces, and so decodes a whole text unlike its parts.
-        if isinstance(stop, str) and (end := text.find(stop)) >= 0:
+        first = self._first_place(stop, completion, params) if isinstance(stop, str) else 0
+        if isinstance(stop, str) and (end := text.find(stop, first)) >= 0:
             text = text[: end if drop else end + len(stop)]
         return text
+
+    def _first_place(self, stop: str, completion: Completion, params: SamplingParams) -> int:
+        """Where in the text its stop string can begin: `min_tokens` passes over earlier ones."""
+        stream = TextStream(self._decode, skip_special_tokens=params.skip_special_tokens)
+        passed = "".join(stream.push(i) for i in completion.token_ids[: params.min_tokens])
+        return max(0, len(passed) - len(stop) + 1)
 
     def _with_text(self, step: dict[int, Logprob]) -> dict[int, Logprob]:
         return {

@@ -185,6 +185,24 @@ def _templated(prompt: Prompt, tokenizer: Any) -> str:
         raise PromptError(f"the model's chat template: {reason}") from error
 
 
+def encode_bad_words(words: Sequence[str], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """Returns the token ids of each word, as vLLM tokenises `bad_words`.
+
+    A word is taken as at the start of a text, and as after a space where that gives as many tokens
+    with another first one.
+    """
+    found: list[tuple[int, ...]] = []
+    for word in words:
+        start, inside = (
+            tuple(tokenizer.encode(space + word.lstrip(), add_special_tokens=False))
+            for space in ("", " ")
+        )
+        found.append(start)
+        if len(inside) == len(start) and inside[:1] != start[:1]:
+            found.append(inside)
+    return tuple(found)
+
+
 def prompt_digest(prompt: Prompt) -> str:
     """Returns 16 hex digits that name the content of a prompt (BLAKE2b of canonical JSON)."""
     content: dict[str, Any]

@@ -1,6 +1,6 @@
 """The nouns that every part of the package shares: plain dataclasses, standard library only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -14,6 +14,18 @@ Message: TypeAlias = Mapping[str, Any]
 
 def _as_tuple(value: Any, item: type) -> tuple[Any, ...]:
     return (value,) if isinstance(value, item) else tuple(value or ())
+
+
+def _as_logit_bias(given: Any) -> dict[int, float]:
+    """Ids as int, also where JSON or YAML made them str; raises ParameterError for another."""
+    try:
+        biases = {int(token_id): float(bias) for token_id, bias in given.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        what = "a number for each token id"
+        raise ParameterError(f"logit_bias={given!r} is not allowed: {what}") from error
+    if len(biases) < len(given):
+        raise ParameterError(f"logit_bias={given!r} is not allowed: an id comes twice")
+    return biases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +58,38 @@ class SamplingParams:
     """Leaves special tokens out of `text`; the token ids always hold them."""
     logprobs: int | None = None
     """Alternatives per token in `Completion.logprobs`; 0 gives the sampled token alone."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that the prompt or the completion holds, and multiplies
+    the negative ones; 1 changes nothing."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the completion holds."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens once for each time that the completion holds them."""
+    logit_bias: Mapping[int, float] | None = None
+    """Token id -> what is added to its logit; the id may be written as a str."""
+    min_tokens: int = 0
+    """Tokens before the first that may end a completion; max_tokens and the context still do."""
+    bad_words: tuple[str, ...] = ()
+    """Words that a completion never holds, at its start or after a space, as far as they are
+    tokenised alike there; a str or a list of str."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only token ids that a completion may hold; None allows all."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", _as_tuple(self.stop, str))
-        object.__setattr__(self, "stop_token_ids", _as_tuple(self.stop_token_ids, int))
+        for name, item in (("stop", str), ("stop_token_ids", int), ("bad_words", str)):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name), item))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", _as_tuple(self.allowed_token_ids, int))
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _as_logit_bias(self.logit_bias))
+        for name, allowed, what in (*self._checks(), *self._logits_checks()):
+            if not allowed:
+                raise ParameterError(f"{name}={getattr(self, name)!r} is not allowed: {what}")
+
+    def _checks(self) -> Iterable[tuple[str, bool, str]]:
+        """Each field with whether its value is allowed, and what is."""
         most = self.max_tokens
-        checks = (
+        return (
             ("n", self.n >= 1, "at least 1"),
             ("temperature", 0.0 <= self.temperature < float("inf"), "at least 0 and finite"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
@@ -61,9 +99,21 @@ class SamplingParams:
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100"),
             ("stop", "" not in self.stop, "strings of at least one character"),
         )
-        for name, allowed, what in checks:
-            if not allowed:
-                raise ParameterError(f"{name}={getattr(self, name)!r} is not allowed: {what}")
+
+    def _logits_checks(self) -> Iterable[tuple[str, bool, str]]:
+        """Like `_checks`, for the fields that change the logits."""
+        repetition, biases = self.repetition_penalty, (self.logit_bias or {}).values()
+        allowed, most = self.allowed_token_ids, self.max_tokens
+        in_range = self.min_tokens >= 0 and (most is None or self.min_tokens <= most)
+        return (
+            ("repetition_penalty", 0.0 < repetition < float("inf"), "above 0 and finite"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "between -2 and 2"),
+            ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "between -2 and 2"),
+            ("logit_bias", all(-100 <= it <= 100 for it in biases), "between -100 and 100 each"),
+            ("min_tokens", in_range, "at least 0 and at most max_tokens"),
+            ("bad_words", all(word.strip() for word in self.bad_words), "words, not blanks alone"),
+            ("allowed_token_ids", allowed != (), "at least one id, or null to allow all"),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +152,8 @@ class Request:
     params: SamplingParams
     key: str
     """With `params.seed` and the sample index, decides every random draw of the request."""
+    bad_words_token_ids: Sequence[Sequence[int]] = ()
+    """`params.bad_words`, tokenised: the last id of each may not follow the ones before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +180,7 @@ class Completion:
     """Per token, float32: log-probability in the model's own distribution."""
     processed_logprobs: list[float]
     """Per token, float32: log-probability in the distribution that was sampled from, after
-    temperature and truncation; at temperature 0, that of the model at temperature 1."""
+    penalties, biases, temperature and truncation; at temperature 0, after penalties and biases."""
     logprobs: list[dict[int, Logprob]] | None = None
     """Where `SamplingParams.logprobs` asks: per token, the sampled one and the alternatives."""
     finish_reason: FinishReason

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner import composition
 from runner.config import Config, EngineConfig, ModelConfig, SamplingConfig
+from runner.types import SamplingParams
 
 CONF = composition.conf_directories()[0]
 CHOICES = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
@@ -102,6 +104,25 @@ def test_the_fixed_parts_are_typed() -> None:
     schemas = {"model": ModelConfig, "engine": EngineConfig, "sampling": SamplingConfig}
     for group, schema in schemas.items():
         assert OmegaConf.get_type(config[group]) is schema
+
+
+def test_a_logit_bias_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:
+    config = compose("sampling.logit_bias={5: 1.5}", "sampling.bad_words=[foo, two words]")
+    params = SamplingParams(**OmegaConf.to_container(config.sampling))
+    assert params.logit_bias == {5: 1.5}
+    assert params.bad_words == ("foo", "two words")
+    (tmp_path / "conf" / "sampling").mkdir(parents=True)
+    text = 'logit_bias: {"5": 2, 6: -1}\n'
+    (tmp_path / "conf" / "sampling" / "mine.yaml").write_text(text)
+    mine = SamplingParams(**OmegaConf.to_container(compose("sampling=mine").sampling))
+    assert mine.logit_bias == {5: 2.0, 6: -1.0}
+
+
+def test_the_sampling_options_are_those_of_the_params_with_their_defaults() -> None:
+    options = {it.name: it for it in fields(SamplingConfig)}
+    assert options.keys() == {it.name for it in fields(SamplingParams)} - {"logprobs"}
+    ours = SamplingParams(**asdict(SamplingConfig()))
+    assert ours == SamplingParams(max_tokens=256, seed=0)
 
 
 def test_a_rollout_samples_a_group_and_rewards_it() -> None:

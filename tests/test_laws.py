@@ -15,6 +15,23 @@ prompts = st.tuples(
     st.sampled_from([[], HEADER, HEADER[:17]]),
     st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=40),
 ).map(lambda parts: parts[0] + parts[1])
+tokens = st.integers(0, VOCAB_SIZE - 1)
+# Each alone and any of them together; most of the tokens stay possible.
+logits_options = st.fixed_dictionaries(
+    {},
+    optional={
+        "repetition_penalty": st.sampled_from([0.8, 1.3, 2.0]),
+        "presence_penalty": st.sampled_from([-1.5, 0.5, 2.0]),
+        "frequency_penalty": st.sampled_from([-0.5, 0.7, 2.0]),
+        "logit_bias": st.dictionaries(tokens, st.sampled_from([-100, -2.5, 1.5, 4.0]), max_size=6),
+        "min_tokens": st.integers(1, 14),
+        "stop_token_ids": st.lists(tokens, max_size=12, unique=True),
+        "bad_words_token_ids": st.lists(
+            st.lists(st.integers(3, 30), min_size=1, max_size=3), max_size=20
+        ),
+        "allowed_token_ids": st.sampled_from([range(25, 97), [*range(0, 97, 2)]]),
+    },
+)
 sampling = st.fixed_dictionaries(
     {
         "temperature": st.sampled_from([0.0, 0.7, 1.0, 1.5]),
@@ -26,6 +43,13 @@ sampling = st.fixed_dictionaries(
         "n": st.sampled_from([1, 1, 2, 5]),
         "seed": st.integers(0, 3),
         "logprobs": st.sampled_from([None, 0, 3]),
+    }
+)
+sampling = st.tuples(sampling, st.just({}) | logits_options).map(
+    lambda parts: {
+        **parts[0],
+        **parts[1],
+        "min_tokens": min(parts[1].get("min_tokens", 0), parts[0]["max_tokens"]),
     }
 )
 workloads = st.lists(st.tuples(prompts, sampling), min_size=1, max_size=7)

@@ -121,6 +121,35 @@ def test_a_stop_string_is_cut_off_unless_it_is_wanted(llm):
     assert cut.token_ids == kept.token_ids == whole.token_ids[: len(cut.token_ids)]
 
 
+def test_min_tokens_leave_an_earlier_stop_string_in_the_text(llm):
+    def ended(**options) -> tuple[str, list[int]]:
+        params = SamplingParams(
+            max_tokens=9, temperature=0, allowed_token_ids=ab, stop="b", min_tokens=4, **options
+        )
+        (output,) = llm.generate("xyz", params, use_tqdm=False)
+        assert output.outputs[0].stop_reason == "b"
+        return output.outputs[0].text, output.outputs[0].token_ids
+
+    ab = llm.tokenizer.encode("b")
+    assert ended() == ("bbbb", ab * 5)
+    assert ended(include_stop_str_in_output=True) == ("bbbbb", ab * 5)
+
+
+def test_bad_words_are_texts_and_a_bias_is_of_token_ids(llm):
+    a, b, c = llm.tokenizer.encode("abc")
+    likely = SamplingParams(temperature=0, max_tokens=8, logit_bias={a: 50, b: 40, str(c): 30})
+    assert texts(llm.generate("x", likely, use_tqdm=False)) == [["aaaaaaaa"]]
+    for words, text in (
+        (["a"], "bbbbbbbb"),
+        (["a", "b"], "cccccccc"),
+        (["aa"], "abababab"),
+        (["aa", "ba", "aba"], "abbbbbbb"),
+        ([" aaa"], "aabaabaa"),
+    ):
+        params = replace(likely, bad_words=words)
+        assert texts(llm.generate("aaa", params, use_tqdm=False)) == [[text]], words
+
+
 def test_the_token_that_ended_a_row_is_in_its_ids_and_not_in_its_text(llm):
     whole = llm.generate("abc", FREE, use_tqdm=False)[0].outputs[0]
     last = whole.token_ids[7]
@@ -152,6 +181,10 @@ def test_mistakes_are_named(llm):
         llm.generate({"text": "a"}, FREE, use_tqdm=False)
     with pytest.raises(ParameterError, match="temperature=-1"):
         SamplingParams(temperature=-1)
+    with pytest.raises(ParameterError, match="logit_bias has the token id 9999"):
+        llm.generate("a", replace(FREE, logit_bias={9999: 1.0}), use_tqdm=False)
+    with pytest.raises(ParameterError, match="allowed_token_ids has the token id 9999"):
+        llm.check(replace(FREE, allowed_token_ids=[9999]))
     with pytest.raises(TypeError, match="best_of"):
         SamplingParams(best_of=2)
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from runner.errors import ParameterError, PromptError
-from runner.prompts import PromptBuilder, encode_prompt, prompt_digest
+from runner.prompts import PromptBuilder, encode_bad_words, encode_prompt, prompt_digest
 from runner.types import Prompt
 
 USER = {"role": "user", "content": "hello world"}
@@ -178,6 +178,21 @@ def test_a_chat_template_that_fails(template: str | None, message: str) -> None:
 def test_a_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(PromptError, match="the prompt has no tokens"):
         encode_prompt(Prompt(messages=[USER]), make_tokenizer("{{ '' }}"))
+
+
+class Pieces:
+    """A tokenizer of a table: text -> tokens, where a space may be part of a token."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        table = {"cat": [1], " cat": [2], "dogs": [3, 4], " dogs": [5, 6, 7], "é": [8], " é": [8]}
+        return table[text]
+
+
+def test_a_bad_word_is_tokenised_at_the_start_and_after_a_space_where_that_is_another_one() -> None:
+    assert encode_bad_words(["cat", " cat", "dogs", "é"], Pieces()) == (
+        (1,), (2,), (1,), (2,), (3, 4), (8,),
+    )  # fmt: skip
 
 
 def test_digests_are_stable() -> None:

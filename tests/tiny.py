@@ -47,12 +47,19 @@ def make_engine(model: nn.Module, **options: Any) -> Engine:
 
 
 def request(
-    prompt: Sequence[int], request_id: str = "r", key: str | None = None, **params: Any
+    prompt: Sequence[int],
+    request_id: str = "r",
+    key: str | None = None,
+    bad_words_token_ids: Sequence[Sequence[int]] = (),
+    **params: Any,
 ) -> Request:
     """A request whose key is its id, with seed 0, unless said otherwise."""
-    settled = SamplingParams(**({"seed": 0, "max_tokens": 12} | params))
     return Request(
-        request_id=request_id, prompt_token_ids=list(prompt), params=settled, key=key or request_id
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        params=SamplingParams(**({"seed": 0, "max_tokens": 12} | params)),
+        key=key or request_id,
+        bad_words_token_ids=bad_words_token_ids,
     )
 
 
@@ -91,6 +98,28 @@ def naive_distribution(logits: np.ndarray, params: SamplingParams) -> np.ndarray
     return mass / mass.sum()
 
 
+def naive_logits(logits: np.ndarray, request: Request, generated: list[int]) -> np.ndarray:
+    """The logits, float64 (V,), that a token after `generated` is sampled from, one by one."""
+    params = request.params
+    changed = [float(logit) for logit in logits]
+    for token_id, bias in (params.logit_bias or {}).items():
+        changed[token_id] += bias
+    for token_id in range(len(changed)):
+        if token_id in generated or token_id in request.prompt_token_ids:
+            penalty = params.repetition_penalty
+            changed[token_id] *= 1 / penalty if changed[token_id] > 0 else penalty
+        changed[token_id] -= params.frequency_penalty * generated.count(token_id)
+        changed[token_id] -= params.presence_penalty if token_id in generated else 0.0
+        if params.allowed_token_ids is not None and token_id not in params.allowed_token_ids:
+            changed[token_id] = -np.inf
+        if len(generated) < params.min_tokens and token_id in (EOS, *params.stop_token_ids):
+            changed[token_id] = -np.inf
+    for *before, last in request.bad_words_token_ids:
+        if generated[max(0, len(generated) - len(before)) :] == before:
+            changed[last] = -np.inf
+    return np.array(changed)
+
+
 def naive_sample(model: nn.Module, request: Request, index: int) -> Completion:
     """One sample by a full forward per token: no cache, no batch, the draw in float64."""
     params, ids = request.params, list(request.prompt_token_ids)
@@ -107,10 +136,11 @@ def naive_sample(model: nn.Module, request: Request, index: int) -> Completion:
     for position in range(params.max_tokens):
         logits = np.array(model(mx.array([ids]))[0, -1])
         raw = naive_distribution(logits, SamplingParams(temperature=1.0))
-        processed = naive_distribution(logits, params)
+        changed = naive_logits(logits, request, done.token_ids)
+        processed = naive_distribution(changed, params)
         uniform = float(uniforms(stream, np.array([position], np.uint64))[0])
         drawn = int(np.argmax(np.cumsum(processed) > uniform))
-        token_id = drawn if params.temperature > 0 else int(np.argmax(logits))
+        token_id = drawn if params.temperature > 0 else int(np.argmax(changed))
         ids.append(token_id)
         done.token_ids.append(token_id)
         done.raw_logprobs.append(float(np.log(raw[token_id])))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from runner.engine.logits_processors import LogitsProcessors
 from runner.engine.sampler import Samples, SamplingTable, uniforms
 from runner.engine.sequence import Draw, Sequence
 from runner.types import Logprob
@@ -48,6 +49,7 @@ class Batch:
         self.rows: list[Sequence | None] = []
         self._token_ids = mx.zeros((0,), mx.int32)
         self._table: SamplingTable | None = None
+        self._processors: LogitsProcessors | None = None
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -106,12 +108,15 @@ class Batch:
         last = [s.request.prompt_token_ids[-1] if s is not None else 0 for s in self.rows]
         return mx.where(mx.array(fresh), mx.array(last, mx.int32), sampled)
 
-    def table(self) -> SamplingTable:
-        """The sampling parameters of the rows."""
+    def sampling(self) -> tuple[SamplingTable, LogitsProcessors | None]:
+        """The sampling parameters of the rows, and what changes their logits."""
         if self._table is None:
             params = [s.request.params if s is not None else None for s in self.rows]
             self._table = SamplingTable.build(params, self._vocab_size)
-        return self._table
+            self._processors = LogitsProcessors.build(
+                self.rows, self._vocab_size, before=self._processors
+            )
+        return self._table, self._processors
 
     def uniforms(self) -> mx.array:
         """(B,) float32: each row's uniform for its next draw."""
@@ -125,4 +130,6 @@ class Batch:
         for _, sequence in rows:
             sequence.num_launched += 1
         self._token_ids = samples.token_ids
+        if self._processors is not None:
+            self._processors.push(samples.token_ids)
         return InFlight(samples, rows)

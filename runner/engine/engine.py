@@ -13,7 +13,7 @@ from runner.engine.sequence import Sequence
 from runner.engine.stats import EngineStats
 from runner.engine.stop import Decode, StopStringMatcher
 from runner.errors import ParameterError, PromptError
-from runner.types import Completion, Request
+from runner.types import Completion, Request, SamplingParams
 
 
 class Engine:
@@ -61,11 +61,12 @@ class Engine:
         self.max_batch_size = max_batch_size
         self.max_model_len = max_model_len
         self.stats = EngineStats()
-        self._eos = frozenset(eos_token_ids)
         self._decode = decode
         self._runner = ModelRunner(
             model, prefill_step_size=prefill_step_size, prefix_cache_bytes=prefix_cache_bytes
         )
+        # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
+        self._eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
         self._scheduler = Scheduler(max_batch_size=max_batch_size)
         self._batch = Batch(max_batch_size=max_batch_size, vocab_size=self._runner.vocab_size)
         self._prefill: Prefill | None = None
@@ -90,7 +91,8 @@ class Engine:
         Raises:
             PromptError: the prompt is empty, leaves no room in the context or holds a token id
                 that the vocabulary does not have.
-            ParameterError: stop strings without a `decode`.
+            ParameterError: the sampling parameters cannot be followed by this engine, as
+                `check_params` says.
         """
         self._check(request)
         self.stats.num_requests += 1
@@ -106,10 +108,45 @@ class Engine:
             if not 0 <= token_id < self._runner.vocab_size:
                 size = self._runner.vocab_size
                 raise PromptError(f"token id {token_id} is not in the vocabulary of {size}")
-        if request.params.stop and self._decode is None:
+        self.check_params(request.params, request.bad_words_token_ids)
+
+    def check_params(
+        self, params: SamplingParams, bad_words_token_ids: Collection[Collection[int]]
+    ) -> None:
+        """Raises ParameterError for what no request to this engine can ask.
+
+        That is stop strings without a `decode`, no limit at all, bad words that are not tokenised,
+        token ids that the vocabulary does not have, and options that leave no token to sample.
+        """
+        if params.stop and self._decode is None:
             raise ParameterError("stop strings need an engine that was given `decode`")
-        if request.params.max_tokens is None and most is None:
+        if params.max_tokens is None and self.max_model_len is None:
             raise ParameterError("max_tokens=None needs an engine that was given max_model_len")
+        if params.bad_words and not bad_words_token_ids:
+            raise ParameterError("bad_words need a request that has bad_words_token_ids")
+        for name, token_ids in (
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias or ()),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            *(("bad_words", word) for word in bad_words_token_ids),
+        ):
+            self._check_token_ids(name, token_ids)
+        never = {next(iter(word)) for word in bad_words_token_ids if len(word) == 1}
+        if params.min_tokens > 0:
+            never |= self._eos | set(params.stop_token_ids)
+        if params.allowed_token_ids and never.issuperset(params.allowed_token_ids):
+            what = "what bad_words and min_tokens leave of it is empty"
+            raise ParameterError(f"allowed_token_ids={params.allowed_token_ids}: {what}")
+
+    def _check_token_ids(self, name: str, token_ids: Collection[int]) -> None:
+        size = self._runner.vocab_size
+        if name == "bad_words" and not token_ids:
+            raise ParameterError("bad_words holds a word without tokens")
+        for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
+            if not 0 <= token_id < size:
+                raise ParameterError(
+                    f"{name} has the token id {token_id}; the vocabulary has 0 to {size - 1}"
+                )
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Runs requests, pulled as they are needed; yields each sample as it finishes."""
@@ -183,8 +220,12 @@ class Engine:
         params, matcher = request.params, None
         if params.stop:
             assert self._decode is not None, "checked when the request was added"
-            special = params.skip_special_tokens
-            matcher = StopStringMatcher(params.stop, self._decode, skip_special_tokens=special)
+            matcher = StopStringMatcher(
+                params.stop,
+                self._decode,
+                skip_special_tokens=params.skip_special_tokens,
+                min_tokens=params.min_tokens,
+            )
         most = [params.max_tokens, self._room(request)]
         stop_token_ids = frozenset(params.stop_token_ids)
         return Sequence(
@@ -192,6 +233,7 @@ class Engine:
             index,
             max_tokens=min(limit for limit in most if limit is not None),
             stop_token_ids=stop_token_ids | (frozenset() if params.ignore_eos else self._eos),
+            eos_token_ids=self._eos,
             stop_matcher=matcher,
         )
 
@@ -207,7 +249,8 @@ class Engine:
         self._compact()
         self._reserve()
         logits = self._runner.decode(batch.input_token_ids(), batch.positions())
-        samples = sample(logits, batch.table(), batch.uniforms())
+        table, processors = batch.sampling()
+        samples = sample(logits, table, batch.uniforms(), processors)
         mx.async_eval(samples.packed, samples.token_ids)  # type: ignore[no-untyped-call]
         self.stats.num_steps += 1
         self.stats.num_row_steps += len(batch.rows)

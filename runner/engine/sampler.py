@@ -4,7 +4,7 @@ A token is drawn by inverting the cumulative distribution over the vocabulary in
 that what a row draws depends on its logits, its parameters and its own uniform alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -121,17 +121,27 @@ class Samples:
     k alternative ids and their k raw logprobs."""
 
 
-def sample(logits: mx.array, table: SamplingTable, uniform: mx.array) -> Samples:
-    """Draws a token for each row of `logits`, (B, V) of any float dtype, with `uniform`, (B,)."""
+def sample(
+    logits: mx.array,
+    table: SamplingTable,
+    uniform: mx.array,
+    process: Callable[[mx.array], mx.array] | None = None,
+) -> Samples:
+    """Draws a token for each row of `logits`, (B, V) of any float dtype, with `uniform`, (B,).
+
+    `process` maps the logits, (B, V) float32, to those that are sampled from.
+    """
     logits = logits.astype(mx.float32)
     weights, raw = _normalized(logits)
-    kept = _truncate(logits if table.temperature is None else logits / table.temperature, table)
+    processed = logits if process is None else process(logits)
+    scaled = processed if table.temperature is None else processed / table.temperature
+    kept = _truncate(scaled, table)
     # The exponentials are what costs here: a batch without temperature or truncation needs one set.
-    kept_weights, processed = (weights, raw) if kept is logits else _normalized(kept)
-    token_ids = _choose(logits, kept_weights, table, uniform)
+    kept_weights, normalizer = (weights, raw) if kept is logits else _normalized(kept)
+    token_ids = _choose(processed, kept_weights, table, uniform)
     index = token_ids[:, None]
     raw_logprobs = mx.take_along_axis(logits, index, axis=-1) - raw  # (B, 1)
-    processed_logprobs = mx.take_along_axis(kept, index, axis=-1) - processed
+    processed_logprobs = mx.take_along_axis(kept, index, axis=-1) - normalizer
     columns = [index, raw_logprobs.view(mx.int32), processed_logprobs.view(mx.int32)]
     if table.num_top_logprobs is not None:
         columns += _alternatives(logits, raw, index, table.num_top_logprobs)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from math import isnan
 
 from runner.engine.stop import StopStringMatcher
 from runner.types import Completion, FinishReason, Logprob, Request
@@ -31,6 +32,8 @@ class Sequence:
     index: int
     max_tokens: int
     stop_token_ids: frozenset[int]
+    eos_token_ids: frozenset[int] = frozenset()
+    """The model's own, also where `ignore_eos` leaves them out of `stop_token_ids`."""
     stop_matcher: StopStringMatcher | None = None
     row: int = -1
     num_launched: int = 0
@@ -54,6 +57,11 @@ class Sequence:
         return len(self.request.prompt_token_ids) - 1 + self.num_launched
 
     @property
+    def ending_token_ids(self) -> frozenset[int]:
+        """What min_tokens holds back; as in vLLM also the end of sequence that is ignored."""
+        return self.stop_token_ids | self.eos_token_ids
+
+    @property
     def wants_forward(self) -> bool:
         """Whether this row has a token left to sample, as far as the launches tell."""
         return self.finish_reason is None and self.num_launched < self.max_tokens
@@ -70,7 +78,7 @@ class Sequence:
     def _check_end(self, draw: Draw) -> None:
         params = self.request.params
         stop = self.stop_matcher.push(draw.token_id) if self.stop_matcher else None
-        if draw.raw_logprob != draw.raw_logprob:
+        if isnan(draw.raw_logprob) or isnan(draw.processed_logprob):
             self.finish_reason = "error"
         elif draw.token_id in self.stop_token_ids:
             self.finish_reason = "stop"

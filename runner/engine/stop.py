@@ -41,17 +41,30 @@ class StopStringMatcher:
     """Watches one sequence for the first of its stop strings."""
 
     def __init__(
-        self, stop: Sequence[str], decode: Decode, *, skip_special_tokens: bool = True
+        self,
+        stop: Sequence[str],
+        decode: Decode,
+        *,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
+        """A stop string that the first `min_tokens` tokens complete is text like any other."""
         assert stop and all(stop), "nothing to watch for"
         self._stop = stop
+        self._num_held_back = min_tokens
         self._overlap = max(map(len, stop)) - 1
         self._stream = TextStream(decode, skip_special_tokens=skip_special_tokens)
         self._tail = ""
 
     def push(self, token_id: int) -> str | None:
         """Adds a token; returns the stop string that the text holds now, the earliest one."""
+        seen = len(self._tail)
         text = self._tail + self._stream.push(token_id)
         self._tail = text[max(0, len(text) - self._overlap) :]
-        found = [(text.find(stop), stop) for stop in self._stop if stop in text]
+        if self._num_held_back > 0:
+            self._num_held_back -= 1
+            return None
+        # From where a match reaches into the new text: an older one was passed over on purpose.
+        found = [(text.find(stop, max(0, seen - len(stop) + 1)), stop) for stop in self._stop]
+        found = [match for match in found if match[0] >= 0]
         return min(found)[1] if found else None

@@ -19,7 +19,7 @@ def decode(token_ids: list[int], *, skip_special_tokens: bool) -> str:
     return "".join([*parts, run.decode(errors="replace")])
 
 
-def first_stop(stop: list[str], token_ids: list[int], **options: bool) -> tuple[int, str] | None:
+def first_stop(stop: list[str], token_ids: list[int], **options: int) -> tuple[int, str] | None:
     matcher = StopStringMatcher(stop, decode, **options)
     for place, token_id in enumerate(token_ids):
         found = matcher.push(token_id)
@@ -59,3 +59,14 @@ def test_a_match_may_not_reach_over_what_was_never_there():
 @pytest.mark.parametrize(("skip", "found"), [(True, None), (False, (1, "<s>"))])
 def test_special_tokens_count_only_where_they_are_shown(skip, found):
     assert first_stop(["<s>"], [97, 300, 98], skip_special_tokens=skip) == found
+
+
+@pytest.mark.parametrize(
+    ("min_tokens", "found"), [(0, (1, "ab")), (1, (1, "ab")), (2, (3, "ab")), (3, (3, "ab"))]
+)
+def test_what_the_first_tokens_complete_is_passed_over(min_tokens, found):
+    assert first_stop(["ab"], list(b"abab"), min_tokens=min_tokens) == found
+
+
+def test_what_was_passed_over_is_not_found_later_beside_a_longer_one():
+    assert first_stop(["a", "xyz"], list(b"a--xyz"), min_tokens=1) == (5, "xyz")
