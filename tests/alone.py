@@ -14,13 +14,13 @@ LENGTHS = [1, 13, 2, 6, 9]
 MAX_TOKENS = 3
 
 
-def requests(lengths: list[int] = LENGTHS) -> list[Request]:
-    """Prompts of the given lengths, each with a group of two."""
+def requests() -> list[Request]:
+    """Prompts of mixed lengths; every other one has a group of two."""
     random = np.random.default_rng(5)
-    params = {"n": 2, "max_tokens": MAX_TOKENS, "ignore_eos": True}
+    params = {"max_tokens": MAX_TOKENS, "ignore_eos": True}
     return [
-        request(random.integers(3, 97, length).tolist(), f"r{i}", **params)
-        for i, length in enumerate(lengths)
+        request(random.integers(3, 97, length).tolist(), f"r{i}", n=1 + i % 2, **params)
+        for i, length in enumerate(LENGTHS)
     ]
 
 
@@ -58,3 +58,5 @@ def assert_batched_equals_alone(model: nn.Module) -> None:
                     if key not in expected:
                         expected[key] = naive_logits(model, r, completion.token_ids)
                     assert_drawn_from(expected[key], r, completion)
+        num_prompt_tokens = len(orders) * (sum(LENGTHS) - len(LENGTHS))
+        assert engine.stats.num_prefill_tokens > num_prompt_tokens, "no prompt was padded"

@@ -47,7 +47,7 @@ class StateKind:
 class PromptStateCache(ArraysCache):  # type: ignore[misc]
     """One layer's states of prompts in prefill, each (P, ...).
 
-    mlx-lm's own way to keep pads out, `lengths`, is followed by some of its models only. Here a
+    mlx-lm's own way to keep pads out, `lengths`, is followed by half of its models only. Here a
     prompt's state is set aside at the column where the prompt ends, whatever the model then does
     with the pads behind it.
     """
