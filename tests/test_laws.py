@@ -4,11 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCAB_SIZE, assert_same, make_engine, naive_sample, request, run, tiny_model
+from tiny_architectures import tiny_architecture
 
 from runner.types import Request
 
 MODEL = tiny_model()
 WINDOWED = tiny_model(layer_types=["full_attention", "sliding_attention"], sliding_window=6, seed=3)
+HYBRID = tiny_architecture("lfm2")
 
 HEADER = [7, 31, 5, 64, 90, 12, 45, 3, 77, 21, 50, 8, 33, 60, 18, 41, 29, 84, 11, 70]
 prompts = st.tuples(
@@ -66,7 +68,7 @@ def as_requests(workload: list[tuple[list[int], dict]]) -> list[Request]:
     return [request(prompt, f"r{i}", **params) for i, (prompt, params) in enumerate(workload)]
 
 
-@pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["full", "sliding"])
+@pytest.mark.parametrize("model", [MODEL, WINDOWED, HYBRID], ids=["full", "sliding", "hybrid"])
 @settings(max_examples=25)
 @given(workload=workloads, sizes=sizes)
 def test_batched_equals_alone_by_a_naive_forward(model, workload, sizes):
@@ -114,15 +116,16 @@ def test_group_with_shared_prefill_equals_separate_requests(prompt, n, sizes):
         assert_same(group["r", index], alone)
 
 
+@pytest.mark.parametrize("model", [MODEL, HYBRID], ids=["full", "hybrid"])
 @settings(max_examples=15)
 @given(workload=workloads, leaver=st.lists(st.integers(3, 96), min_size=1, max_size=60))
-def test_a_row_that_leaves_leaves_no_trace(workload, leaver):
+def test_a_row_that_leaves_leaves_no_trace(model, workload, leaver):
     """Law 9: rows that pass through a long row's old slot are as if it had never been there."""
     requests = as_requests(workload)
-    engine = make_engine(MODEL, max_batch_size=2)
+    engine = make_engine(model, max_batch_size=2)
     run(engine, [request(leaver, f"gone{i}", max_tokens=30, ignore_eos=True) for i in range(2)])
     used = run(engine, requests)
-    for key, completion in run(make_engine(MODEL, max_batch_size=2), requests).items():
+    for key, completion in run(make_engine(model, max_batch_size=2), requests).items():
         assert_same(used[key], completion)
 
 

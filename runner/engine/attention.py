@@ -46,8 +46,8 @@ def attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Attention as mlx-lm's models call it, (B, heads, N, D); folded for one query to a row."""
-    one_query = isinstance(cache, RowKVCache) and queries.shape[2] == 1
-    if not one_query or sinks is not None or mask is None or mask.dtype != mx.bool_:
+    one_query = isinstance(cache, RowKVCache) and queries.shape[2] == 1 and sinks is None
+    if not one_query or mask is None or mask.dtype != mx.bool_ or mask.shape[1:-1] != (1, 1):
         plain: mx.array = _original(
             queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
         )

@@ -40,14 +40,15 @@ class Engine:
             model: maps (B, L) token ids and a list of caches to (B, L, V) logits.
             max_batch_size: rows decoded together.
             prefill_step_size: prompt tokens, pads included, forwarded at once.
-            prefix_cache_bytes: keys and values kept for prompts that begin like an earlier one;
-                0 keeps none.
+            prefix_cache_bytes: keys, values and states kept for prompts that begin like an earlier
+                one; 0 keeps none.
             max_model_len: tokens of prompt and completion together; None for no limit.
             eos_token_ids: tokens that end every row that does not set `ignore_eos`.
             decode: token ids -> text; needed for stop strings alone.
 
         Raises:
-            ModelError: a layer of the model keeps a kind of past that is not covered.
+            ModelError: a layer of the model keeps a kind of past that is not covered, or the model
+                is one of those that are wrong in a padded batch.
             ParameterError: a size is below 1.
         """
         for name, size, least in (

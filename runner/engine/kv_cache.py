@@ -1,28 +1,21 @@
 """Keys and values in padded row slots: every row starts at column 0 of its slot and grows right.
 
 Both caches follow the protocol that mlx-lm's models expect of a cache (`offset`, `make_mask`,
-`update_and_fetch`, `state`), so those models run unchanged.
+`update_and_fetch`, `keys_and_values`), so those models run unchanged.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from runner.errors import ModelError
-
-_COLUMN_STEP = 32
-"""Attended columns are rounded up to this, so that few shapes occur."""
-_MIN_CAPACITY = 256
+from runner.engine.layer_cache import Past
 
 
 @dataclass(frozen=True, slots=True)
-class LayerKind:
-    """What one layer of the model keeps of each past token, and of how many tokens."""
+class KVKind:
+    """A layer that keeps a key and a value of each past token; they may differ in heads and dim."""
 
     key_shape: tuple[int, int]
     """(heads, dim)"""
@@ -30,6 +23,26 @@ class LayerKind:
     dtype: mx.Dtype
     window: int | None = None
     """Columns that a query may look at, its own included; None for all."""
+    groups_queries: bool = False
+    """Whether the layer masks scores (B, key heads, queries per key head, N, columns)."""
+
+    @property
+    def num_arrays(self) -> int:
+        """Arrays in a `Past` of this layer."""
+        return 2
+
+    @property
+    def is_recurrent(self) -> bool:
+        """False: a token's key and value do not change with what comes after it."""
+        return False
+
+    def prompt_cache(self, num_prompts: int, max_length: int) -> "PromptKVCache":
+        """An empty cache of prompts in prefill."""
+        return PromptKVCache(self, num_prompts, max_length)
+
+    def row_cache(self) -> "RowKVCache":
+        """A cache with no slots yet."""
+        return RowKVCache(self)
 
     def zeros(self, num_rows: int, num_columns: int) -> tuple[mx.array, mx.array]:
         """Keys and values of empty slots, (rows, heads, columns, dim)."""
@@ -38,38 +51,6 @@ class LayerKind:
             mx.zeros((num_rows, key_heads, num_columns, key_dim), self.dtype),
             mx.zeros((num_rows, value_heads, num_columns, value_dim), self.dtype),
         )
-
-
-def layer_kinds(model: nn.Module) -> tuple[list[LayerKind], int]:
-    """Reads off a forward of one token what each layer keeps, and the size of the vocabulary.
-
-    Raises:
-        ModelError: a layer keeps something else than keys and values of past tokens.
-    """
-    probe = make_prompt_cache(model)
-    windows = [_window(cache) for cache in probe]
-    logits = model(mx.zeros((1, 1), mx.int32), cache=probe)
-    kinds = [
-        LayerKind(
-            key_shape=(cache.keys.shape[1], cache.keys.shape[3]),
-            value_shape=(cache.values.shape[1], cache.values.shape[3]),
-            dtype=cache.keys.dtype,
-            window=window,
-        )
-        for cache, window in zip(probe, windows, strict=True)
-    ]
-    return kinds, int(logits.shape[-1])
-
-
-def _window(cache: Any) -> int | None:
-    if type(cache) is KVCache:
-        return None
-    if type(cache) is RotatingKVCache and cache.keep == 0:
-        return int(cache.max_size)
-    raise ModelError(
-        f"this model keeps its past in a {type(cache).__name__}, which the engine does not cover: "
-        "covered are KVCache and RotatingKVCache"
-    )
 
 
 def _causal_mask(columns: mx.array, positions: mx.array, window: int | None) -> mx.array:
@@ -85,23 +66,27 @@ class PromptKVCache:
     mask hides them from every real token, and nothing past a prompt's length is ever copied out.
     """
 
-    def __init__(self, kind: LayerKind, num_prompts: int, max_length: int) -> None:
+    def __init__(self, kind: KVKind, num_prompts: int, max_length: int) -> None:
         self._window = kind.window
         self.offset = 0
         self.keys, self.values = kind.zeros(num_prompts, max_length)
 
     @property
-    def state(self) -> tuple[mx.array, mx.array]:
+    def arrays(self) -> Past:
         """The arrays to evaluate."""
         return self.keys, self.values
 
-    def start_from(self, keys: mx.array, values: mx.array, num_columns: int) -> None:
+    def start_from(self, past: Past, num_columns: int) -> None:
         """Takes the first columns of every prompt from (H, L, D) that are known already."""
+        keys, values = past
         self.keys[:, :, :num_columns] = keys[:, :num_columns]
         self.values[:, :, :num_columns] = values[:, :num_columns]
         self.offset = num_columns
 
-    def columns(self, row: int, num_columns: int) -> tuple[mx.array, mx.array]:
+    def end_rows(self, rows: Sequence[int]) -> None:
+        """Nothing to note: columns past a prompt's end are not looked at."""
+
+    def past(self, row: int, num_columns: int) -> Past:
         """The first columns of one prompt, each (H, L, D)."""
         return self.keys[row, :, :num_columns], self.values[row, :, :num_columns]
 
@@ -110,6 +95,10 @@ class PromptKVCache:
         start, self.offset = self.offset, self.offset + keys.shape[2]
         self.keys[:, :, start : self.offset] = keys
         self.values[:, :, start : self.offset] = values
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """All columns so far, which another layer may attend to as well."""
         return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
 
     def make_mask(
@@ -127,14 +116,14 @@ class PromptKVCache:
 class RowKVCache:
     """One layer's keys and values of the whole batch, (B, H, C, D): a slot per row."""
 
-    def __init__(self, kind: LayerKind) -> None:
+    def __init__(self, kind: KVKind) -> None:
         self._kind = kind
         self.offset = mx.zeros((0,), mx.int32)
         self.num_columns = 0
         self.keys, self.values = kind.zeros(0, 0)
 
     @property
-    def state(self) -> tuple[mx.array, mx.array]:
+    def arrays(self) -> Past:
         """The arrays to evaluate."""
         return self.keys, self.values
 
@@ -144,25 +133,40 @@ class RowKVCache:
         columns = self.offset[:, None] + mx.arange(keys.shape[2])  # (B, N)
         self.keys[rows, :, columns] = keys.swapaxes(1, 2)  # (B, N, H, D)
         self.values[rows, :, columns] = values.swapaxes(1, 2)
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """The columns in use, which another layer may attend to as well."""
         return self.keys[:, :, : self.num_columns], self.values[:, :, : self.num_columns]
 
     def make_mask(
         self, num_positions: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array:
-        """Mask of each row's next `num_positions` queries, (B, 1, N, columns)."""
+        """Mask of each row's next `num_positions` queries, (B, 1, N, columns).
+
+        With one more axis of 1 where the layer groups its queries.
+        """
         window = window_size or self._kind.window
         positions = self.offset[:, None] + mx.arange(num_positions)  # (B, N)
-        return _causal_mask(mx.arange(self.num_columns), positions[:, None, :, None], window)
+        mask = _causal_mask(mx.arange(self.num_columns), positions[:, None, :, None], window)
+        return mask[:, None] if self._kind.groups_queries else mask
 
     def reserve(self, num_rows: int, num_columns: int) -> None:
         """Makes room for rows and columns; what is there stays where it is."""
-        old, (self.keys, self.values) = self.state, self._kind.zeros(num_rows, num_columns)
+        old, (self.keys, self.values) = self.arrays, self._kind.zeros(num_rows, num_columns)
         rows, _, columns, _ = old[0].shape
         if rows:
             self.keys[:rows, :, :columns], self.values[:rows, :, :columns] = old
 
-    def write_prefix(self, rows: Sequence[int], keys: mx.array, values: mx.array) -> None:
+    def begin_step(self, offset: mx.array, num_columns: int) -> None:
+        """Sets each slot's column, (B,) int32, for the next forward, and the columns in use."""
+        self.offset, self.num_columns = offset, num_columns
+
+    def write_prefix(self, rows: Sequence[int], past: Past) -> None:
         """Copies one prompt's columns, (H, L, D), to the start of each of `rows`."""
+        keys, values = past
+        if keys.shape[1] == 0:
+            return
         for first, last in _runs(rows):
             self.keys[first:last, :, : keys.shape[1]] = keys
             self.values[first:last, :, : values.shape[1]] = values
@@ -183,49 +187,3 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
     breaks = [i + 1 for i, (a, b) in enumerate(pairwise(ordered)) if b != a + 1]
     for start, end in pairwise([0, *breaks, len(ordered)]):
         yield ordered[start], ordered[end - 1] + 1
-
-
-class RowKVCaches:
-    """The row slots of all layers, kept at one common size."""
-
-    def __init__(self, kinds: Sequence[LayerKind]) -> None:
-        self.layers = [RowKVCache(kind) for kind in kinds]
-        self.num_rows = 0
-        self.capacity = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the slots take."""
-        return sum(array.nbytes for layer in self.layers for array in layer.state)
-
-    def reserve(self, num_rows: int, num_columns: int) -> None:
-        """Makes room for `num_rows` slots of `num_columns`.
-
-        Columns grow by half of what is there, so that a long row copies the batch rarely.
-        """
-        if num_rows <= self.num_rows and num_columns <= self.capacity:
-            return
-        if num_columns > self.capacity:
-            grown = max(num_columns, self.capacity + self.capacity // 2, _MIN_CAPACITY)
-            self.capacity = -(-grown // _COLUMN_STEP) * _COLUMN_STEP
-        self.num_rows = max(num_rows, self.num_rows)
-        for layer in self.layers:
-            layer.reserve(self.num_rows, self.capacity)
-
-    def begin_step(self, positions: Sequence[int]) -> None:
-        """Sets the column, one per slot, at which the next forward writes."""
-        columns = mx.array(list(positions), mx.int32)
-        used = min(-(-(max(positions) + 1) // _COLUMN_STEP) * _COLUMN_STEP, self.capacity)
-        for layer in self.layers:
-            layer.offset, layer.num_columns = columns, used
-
-    def clear_row(self, row: int) -> None:
-        """Zeroes a slot whose sequence left a NaN behind."""
-        for layer in self.layers:
-            layer.clear_row(row)
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Keeps the given slots, in that order, and drops the others."""
-        self.num_rows = len(rows)
-        for layer in self.layers:
-            layer.keep_rows(mx.array(list(rows)))

@@ -8,8 +8,10 @@ import mlx.nn as nn
 import numpy as np
 
 from runner.engine.attention import fold_decode_attention
-from runner.engine.kv_cache import PromptKVCache, RowKVCaches, layer_kinds
+from runner.engine.layer_cache import PromptCache
+from runner.engine.layer_kinds import layer_kinds
 from runner.engine.prefix_cache import PrefixCache
+from runner.engine.row_caches import RowCaches
 from runner.types import Request
 
 
@@ -22,7 +24,7 @@ class Prefill:
     """
 
     requests: list[Request]
-    caches: list[PromptKVCache]
+    caches: list[PromptCache]
     token_ids: mx.array
     """(P, L) int32, padded on the right."""
     num_done: int = 0
@@ -36,13 +38,30 @@ class Prefill:
         """Columns that are not forwarded yet."""
         return int(self.token_ids.shape[1]) - self.num_done
 
+    @property
+    def lengths(self) -> list[int]:
+        """Columns of each prompt: all its tokens but the last."""
+        return [len(request.prompt_token_ids) - 1 for request in self.requests]
+
+    @property
+    def num_to_next_end(self) -> int:
+        """Columns that are left before the next of the prompts ends."""
+        return min(length for length in self.lengths if length > self.num_done) - self.num_done
+
+    def advance(self, num_columns: int) -> None:
+        """Counts columns that every cache holds now, and tells the caches which prompts ended."""
+        self.num_done += num_columns
+        ended = [row for row, length in enumerate(self.lengths) if length == self.num_done]
+        for cache in self.caches:
+            cache.end_rows(ended)
+
 
 @dataclass(slots=True, eq=False)
 class ReadyPrompt:
     """A prefilled prompt whose samples have not all started."""
 
     request: Request
-    caches: list[PromptKVCache]
+    caches: list[PromptCache]
     row: int
     """Where the prompt stands in its prefill."""
     num_started: int = 0
@@ -67,9 +86,12 @@ class ModelRunner:
         self._model = model
         fold_decode_attention(model)
         self._kinds, self.vocab_size = layer_kinds(model)
+        self._is_recurrent = any(kind.is_recurrent for kind in self._kinds)
         self._prefill_step_size = prefill_step_size
-        self.caches = RowKVCaches(self._kinds)
-        self._prefix_cache = PrefixCache(max_bytes=prefix_cache_bytes)
+        self.caches = RowCaches(self._kinds)
+        self._prefix_cache = PrefixCache(
+            max_bytes=prefix_cache_bytes, whole_entries=self._is_recurrent
+        )
 
     def start_prefill(self, requests: list[Request]) -> Prefill:
         """Lays out prompts for `prefill_chunk`, from the longest prefix that is cached for all."""
@@ -77,36 +99,42 @@ class ModelRunner:
         padded = np.zeros((len(requests), max(lengths)), np.int32)
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             padded[row, :length] = request.prompt_token_ids[:length]
-        caches = [PromptKVCache(kind, *padded.shape) for kind in self._kinds]
+        caches = [kind.prompt_cache(*padded.shape) for kind in self._kinds]
         prefill = Prefill(requests, caches, mx.array(padded))
-        prompts = [request.prompt_token_ids[:-1] for request in requests]
-        if found := self._prefix_cache.find(prompts):
-            entry, prefill.num_done = found
-            for cache, columns in zip(caches, entry.columns, strict=True):
-                cache.start_from(*columns, prefill.num_done)
-        prefill.num_cached = prefill.num_done
+        if found := self._prefix_cache.find([r.prompt_token_ids[:-1] for r in requests]):
+            entry, prefill.num_cached = found
+            for cache, past in zip(caches, entry.pasts, strict=True):
+                cache.start_from(past, prefill.num_cached)
+        prefill.advance(prefill.num_cached)
         return prefill
 
     def prefill_chunk(self, prefill: Prefill) -> int:
-        """Forwards the next columns of all prompts; returns the positions forwarded."""
+        """Forwards the next columns of all prompts; returns the positions forwarded.
+
+        A recurrent model's chunk ends where a prompt ends, whose state is read off there.
+        """
         num_prompts = len(prefill.requests)
         size = min(prefill.num_left, max(1, self._prefill_step_size // num_prompts))
         if size == 0:
             return 0
+        if self._is_recurrent:
+            size = min(size, prefill.num_to_next_end)
         end = prefill.num_done + size
         self._model(prefill.token_ids[:, prefill.num_done : end], cache=prefill.caches)
-        mx.async_eval([cache.state for cache in prefill.caches])  # type: ignore[no-untyped-call]
-        prefill.num_done = end
+        prefill.advance(size)
+        mx.async_eval([cache.arrays for cache in prefill.caches])  # type: ignore[no-untyped-call]
         return num_prompts * size
 
     def finish_prefill(self, prefill: Prefill) -> list[ReadyPrompt]:
         """Ends a prefill that has nothing left; its prompts go into the prefix cache."""
         for row, request in enumerate(prefill.requests):
             token_ids = request.prompt_token_ids[:-1]
-            views = [cache.columns(row, len(token_ids)) for cache in prefill.caches]
             # A copy: a view would keep the columns of the whole prefill in memory.
-            columns = [(mx.contiguous(keys), mx.contiguous(values)) for keys, values in views]
-            self._prefix_cache.add(token_ids, columns)
+            pasts = [
+                tuple(mx.contiguous(array) for array in cache.past(row, len(token_ids)))
+                for cache in prefill.caches
+            ]
+            self._prefix_cache.add(token_ids, pasts)
         return [ReadyPrompt(r, prefill.caches, row) for row, r in enumerate(prefill.requests)]
 
     def clear_prefix_cache(self) -> None:
@@ -118,11 +146,9 @@ class ModelRunner:
         self.caches.reserve(num_rows, num_columns)
 
     def fork(self, prompt: ReadyPrompt, rows: Sequence[int]) -> None:
-        """Copies a prompt's columns into row slots."""
-        if prompt.num_cached == 0:
-            return
+        """Copies a prompt's past into row slots, also an empty one: a slot may hold a state."""
         for layer, cache in zip(self.caches.layers, prompt.caches, strict=True):
-            layer.write_prefix(rows, *cache.columns(prompt.row, prompt.num_cached))
+            layer.write_prefix(rows, cache.past(prompt.row, prompt.num_cached))
 
     def decode(self, token_ids: mx.array, positions: Sequence[int]) -> mx.array:
         """Forwards one token per row, (B,), written at `positions`; logits (B, V)."""

@@ -1,31 +1,29 @@
-"""Keys and values of prompts that were prefilled before, for those that begin alike."""
+"""What layers keep of prompts that were prefilled before, for those that begin alike."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+
+from runner.engine.layer_cache import Past
 
 _MIN_TOKENS = 16
 """A shorter match costs more to copy than to forward."""
 
-Columns = list[tuple[mx.array, mx.array]]
-"""Keys and values per layer, each (H, L, D)."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PrefixEntry:
-    """A prefilled prompt: its tokens and their columns."""
+    """A prefilled prompt: its tokens and what each layer keeps of them."""
 
     token_ids: npt.NDArray[np.int32]
-    columns: Columns
+    pasts: list[Past]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the columns."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self.columns)
+        """Bytes of what the layers keep."""
+        return sum(array.nbytes for past in self.pasts for array in past)
 
     def num_shared(self, token_ids: Sequence[int]) -> int:
         """Tokens that this prompt and another begin with alike."""
@@ -35,10 +33,15 @@ class PrefixEntry:
 
 
 class PrefixCache:
-    """The most recently used prompts, up to `max_bytes` of keys and values."""
+    """The most recently used prompts, up to `max_bytes` of what the layers keep.
 
-    def __init__(self, *, max_bytes: int) -> None:
+    Keys and values can be cut at any column. A recurrent state cannot: with `whole_entries` an
+    entry serves only prompts that begin with all of its tokens.
+    """
+
+    def __init__(self, *, max_bytes: int, whole_entries: bool = False) -> None:
         self._max_bytes = max_bytes
+        self._whole_entries = whole_entries
         self._entries: OrderedDict[bytes, PrefixEntry] = OrderedDict()
         self.nbytes = 0
 
@@ -53,6 +56,8 @@ class PrefixCache:
         best_key, best = b"", 0
         for key, entry in self._entries.items():
             shared = min(entry.num_shared(prompt) for prompt in prompts)
+            if self._whole_entries and shared < len(entry.token_ids):
+                continue
             if shared > best:
                 best_key, best = key, shared
         if best < _MIN_TOKENS:
@@ -60,9 +65,9 @@ class PrefixCache:
         self._entries.move_to_end(best_key)
         return self._entries[best_key], best
 
-    def add(self, token_ids: Sequence[int], columns: Columns) -> None:
-        """Keeps a prompt's columns; drops the least recently used beyond `max_bytes`."""
-        entry = PrefixEntry(np.asarray(token_ids, np.int32), columns)
+    def add(self, token_ids: Sequence[int], pasts: list[Past]) -> None:
+        """Keeps a prompt's pasts; drops the least recently used beyond `max_bytes`."""
+        entry = PrefixEntry(np.asarray(token_ids, np.int32), pasts)
         key = entry.token_ids.tobytes()
         if len(token_ids) < _MIN_TOKENS or key in self._entries or entry.nbytes > self._max_bytes:
             return

@@ -5,10 +5,10 @@ from mlx_lm.models import base, llama
 from tiny import make_engine, tiny_model
 
 from runner.engine import attention as folded
-from runner.engine.kv_cache import LayerKind, RowKVCache
+from runner.engine.kv_cache import KVKind, RowKVCache
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="folds on a CPU alone")
-KIND = LayerKind(key_shape=(2, 8), value_shape=(2, 8), dtype=mx.float32)
+KIND = KVKind(key_shape=(2, 8), value_shape=(2, 8), dtype=mx.float32)
 
 
 def inputs(num_queries: int, columns: int = 11, heads: int = 6) -> dict[str, mx.array]:
@@ -36,6 +36,23 @@ def test_all_else_goes_to_mlx_lm(monkeypatch, num_queries, cache, sinks):
     monkeypatch.setattr(folded, "_original", lambda *args, **kwargs: seen.append(kwargs))
     folded.attention(**inputs(num_queries), cache=cache, scale=0.3, sinks=sinks)
     assert seen[0]["cache"] is cache and seen[0]["scale"] == 0.3
+
+
+@pytest.mark.parametrize("axes", ["heads", "none", "groups", "scores"])
+def test_other_masks_go_to_mlx_lm(monkeypatch, axes):
+    """Such as the rotary scores that latent attention adds, or a mask for grouped queries."""
+    seen = []
+    monkeypatch.setattr(folded, "_original", lambda *args, **kwargs: seen.append(kwargs))
+    given = inputs(1)
+    mask = given.pop("mask")
+    masks = {
+        "heads": mx.repeat(mask, 6, axis=1),
+        "none": None,
+        "groups": mask[:, :, None],
+        "scores": mx.zeros((3, 1, 1, 11)),
+    }
+    folded.attention(**given, mask=masks[axes], cache=RowKVCache(KIND), scale=0.3)
+    assert seen[0]["mask"] is masks[axes]
 
 
 def test_an_engine_binds_it_to_its_model_once():

@@ -1,13 +1,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import ArraysCache, RotatingKVCache
-from tiny import tiny_model
 
-from runner.engine.kv_cache import LayerKind, PromptKVCache, RowKVCaches, layer_kinds
-from runner.errors import ModelError
+from runner.engine.kv_cache import KVKind, PromptKVCache
+from runner.engine.row_caches import RowCaches
 
-KIND = LayerKind(key_shape=(2, 4), value_shape=(2, 3), dtype=mx.float32)
+KIND = KVKind(key_shape=(2, 4), value_shape=(2, 3), dtype=mx.float32)
 
 
 def columns(rows: int, count: int, dim: int, start: float) -> mx.array:
@@ -16,7 +14,7 @@ def columns(rows: int, count: int, dim: int, start: float) -> mx.array:
 
 
 def test_rows_write_at_their_own_column():
-    caches = RowKVCaches([KIND])
+    caches = RowCaches([KIND])
     caches.reserve(3, 10)
     caches.begin_step([0, 4, 9])
     layer = caches.layers[0]
@@ -31,7 +29,7 @@ def test_rows_write_at_their_own_column():
 
 
 def test_mask_shows_a_row_its_own_columns_and_the_new_one():
-    caches = RowKVCaches([KIND, LayerKind((2, 4), (2, 3), mx.float32, window=3)])
+    caches = RowCaches([KIND, KVKind((2, 4), (2, 3), mx.float32, window=3)])
     caches.reserve(2, 8)
     caches.begin_step([0, 5])
     full, sliding = (np.array(layer.make_mask(1))[:, 0, 0] for layer in caches.layers)
@@ -40,26 +38,26 @@ def test_mask_shows_a_row_its_own_columns_and_the_new_one():
 
 
 def test_growing_keeps_what_is_there():
-    caches = RowKVCaches([KIND])
+    caches = RowCaches([KIND])
     caches.reserve(2, 8)
     layer = caches.layers[0]
-    layer.write_prefix([0, 1], columns(1, 5, 4, 1.0)[0], columns(1, 5, 3, 1.0)[0])
+    layer.write_prefix([0, 1], (columns(1, 5, 4, 1.0)[0], columns(1, 5, 3, 1.0)[0]))
     before = np.array(layer.keys)
     caches.reserve(4, caches.capacity + 1)
     assert layer.keys.shape[0] == 4 and caches.capacity >= 257
     after = np.array(layer.keys)
     assert np.array_equal(after[:2, :, : before.shape[2]], before)
     assert not after[2:].any() and not after[:, :, before.shape[2] :].any()
-    assert caches.nbytes == sum(a.nbytes for a in layer.state)
+    assert caches.nbytes == sum(a.nbytes for a in layer.arrays)
 
 
 @pytest.mark.parametrize("rows", [[0], [2, 3], [4, 0, 1], [5, 1, 3]])
 def test_a_prefix_is_copied_to_the_rows_it_is_for_alone(rows):
-    caches = RowKVCaches([KIND])
+    caches = RowCaches([KIND])
     caches.reserve(6, 8)
     layer = caches.layers[0]
     keys, values = columns(1, 5, 4, 1.0)[0], columns(1, 5, 3, 1.0)[0]
-    layer.write_prefix(rows, keys, values)
+    layer.write_prefix(rows, (keys, values))
     for row in range(6):
         if row in rows:
             assert mx.array_equal(layer.keys[row, :, :5], keys)
@@ -69,11 +67,12 @@ def test_a_prefix_is_copied_to_the_rows_it_is_for_alone(rows):
 
 
 def test_rows_are_kept_in_the_given_order_and_cleared():
-    caches = RowKVCaches([KIND])
+    caches = RowCaches([KIND])
     caches.reserve(3, 8)
     layer = caches.layers[0]
     for row in range(3):
-        layer.write_prefix([row], mx.full((2, 1, 4), row + 1.0), mx.full((2, 1, 3), row + 1.0))
+        past = mx.full((2, 1, 4), row + 1.0), mx.full((2, 1, 3), row + 1.0)
+        layer.write_prefix([row], past)
     caches.keep_rows([2, 0])
     assert caches.num_rows == 2
     assert layer.keys[:, 0, 0, 0].tolist() == [3.0, 1.0]
@@ -91,23 +90,35 @@ def test_prompt_cache_gives_back_all_columns_and_the_mask_for_the_next():
 
 
 def test_prompt_cache_masks_what_lies_outside_the_window():
-    cache = PromptKVCache(LayerKind((2, 4), (2, 3), mx.float32, window=3), 1, 6)
+    cache = PromptKVCache(KVKind((2, 4), (2, 3), mx.float32, window=3), 1, 6)
     cache.update_and_fetch(columns(1, 4, 4, 0.0), columns(1, 4, 3, 0.0))
     mask = np.array(cache.make_mask(2))
     assert [row.nonzero()[0].tolist() for row in mask] == [[2, 3, 4], [3, 4, 5]]
 
 
-def test_layer_kinds_are_read_off_the_model():
-    model = tiny_model(layer_types=["full_attention", "sliding_attention"], sliding_window=6)
-    kinds, vocab_size = layer_kinds(model)
-    assert [kind.window for kind in kinds] == [None, 6]
-    assert kinds[0].key_shape == (2, 8) and kinds[0].dtype == mx.float32
-    assert vocab_size == 97
+def test_a_layer_that_groups_its_queries_gets_a_mask_with_one_axis_more():
+    caches = RowCaches([KVKind((2, 4), (2, 3), mx.float32, groups_queries=True)])
+    caches.reserve(2, 8)
+    caches.begin_step([0, 5])
+    assert caches.layers[0].make_mask(1).shape == (2, 1, 1, 1, 32)
 
 
-@pytest.mark.parametrize("cache", [ArraysCache(2), RotatingKVCache(max_size=8, keep=2)])
-def test_a_kind_that_is_not_covered_is_refused_by_name(cache):
-    model = tiny_model()
-    model.make_cache = lambda: [cache, cache]
-    with pytest.raises(ModelError, match=type(cache).__name__):
-        layer_kinds(model)
+def test_an_empty_past_is_written_to_no_column():
+    caches = RowCaches([KIND])
+    caches.reserve(2, 8)
+    prompt = KIND.prompt_cache(1, 0)
+    caches.layers[0].write_prefix([0, 1], prompt.past(0, 0))
+    assert not mx.any(caches.layers[0].keys).item()
+
+
+def test_another_layer_can_attend_to_the_same_columns():
+    prompt = PromptKVCache(KIND, 1, 6)
+    seen = prompt.update_and_fetch(columns(1, 4, 4, 0.0), columns(1, 4, 3, 0.0))
+    for one, other in zip(seen, prompt.keys_and_values(), strict=True):
+        assert mx.array_equal(one, other)
+    caches = RowCaches([KIND])
+    caches.reserve(1, 8)
+    caches.begin_step([0])
+    seen = caches.layers[0].update_and_fetch(columns(1, 1, 4, 1.0), columns(1, 1, 3, 1.0))
+    for one, other in zip(seen, caches.layers[0].keys_and_values(), strict=True):
+        assert mx.array_equal(one, other)

@@ -34,6 +34,15 @@ def test_a_batch_shares_what_all_of_it_shares():
     assert cache.find([list(range(30)), [9] * 30]) is None
 
 
+def test_whole_entries_serve_only_prompts_that_begin_with_all_of_one():
+    cache = PrefixCache(max_bytes=10**6, whole_entries=True)
+    for size in (20, 30):
+        cache.add(list(range(size)), columns(size))
+    assert cache.find([list(range(29))])[1] == 20
+    assert cache.find([list(range(40)), [*range(30), 99]])[1] == 30
+    assert cache.find([list(range(19))]) is None
+
+
 @pytest.mark.parametrize("prompt", [[], [1, 2, 3], list(range(15)), [*range(15), 99, 98, 97]])
 def test_a_short_match_is_none(prompt):
     assert filled(list(range(30))).find([prompt]) is None
