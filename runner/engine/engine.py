@@ -263,10 +263,10 @@ class Engine:
         return coming and self._batch.num_free_rows > len(self._batch.sequences)
 
     def _compact(self) -> None:
-        """Drops empty slots once they are half of the batch and nothing waits to fill them."""
+        """Drops empty slots once they are a quarter of the batch and nothing waits to fill them."""
         batch = self._batch
         coming = len(self._scheduler) or self._prefill or self._ready
-        if not coming and len(batch.sequences) <= len(batch.rows) // 2:
+        if not coming and len(batch.sequences) <= 3 * len(batch.rows) // 4:
             self._runner.caches.keep_rows(batch.compact())
 
     def _collect(self) -> list[Completion]:
