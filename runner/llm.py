@@ -109,6 +109,17 @@ class LLM:
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         return self._run_in_order([_as_prompt(p) for p in listed], sampling_params, use_tqdm)
 
+    def as_completed(
+        self,
+        prompts: Sequence[PromptLike],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Completes each prompt; yields outputs as they finish, `request_id` the prompt's place.
+
+        A prompt that cannot be run comes out with `error` set, and the others go on.
+        """
+        return self.run(self._requests([_as_prompt(p) for p in prompts], sampling_params))
+
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],

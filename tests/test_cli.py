@@ -26,6 +26,9 @@ from omegaconf import OmegaConf
 from runner.errors import DataError
 
 def run(config, *, answer, fail=None):
+    if fail == "warning":
+        import warnings
+        warnings.warn("no optimised BLAS found")
     if fail == "usage":
         raise DataError("no rows in prompts.jsonl")
     if fail == "bug":
@@ -247,6 +250,11 @@ def test_an_interrupt_exits_with_130(workplace: Path) -> None:
 
 def test_version(tmp_path: Path) -> None:
     assert runner("--version", cwd=tmp_path).stdout == "runner 0.1.0\n"
+
+
+def test_a_warning_is_one_line(workplace: Path) -> None:
+    done = runner("mine", "job.fail=warning", cwd=workplace)
+    assert done.stderr == "warning: no optimised BLAS found\n" and done.returncode == 0
 
 
 def test_help_lists_every_job_and_choice(workplace: Path) -> None:

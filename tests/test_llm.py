@@ -216,6 +216,16 @@ def test_run_pulls_requests_as_it_needs_them(llm):
     assert len(pulled) < 20
 
 
+def test_outputs_can_be_had_as_they_finish(llm):
+    prompts = ["long", "short", "", "middle"]
+    params = [SamplingParams(max_tokens=most, ignore_eos=True, seed=1) for most in (60, 2, 5, 20)]
+    done = list(llm.as_completed(prompts, params))
+    assert [output.request_id for output in done] == ["2", "1", "3", "0"]
+    assert done[0].error.type == "PromptError"
+    listed = llm.generate(["long"], params[0], use_tqdm=False)
+    assert done[-1].outputs[0].token_ids == listed[0].outputs[0].token_ids
+
+
 def test_an_abandoned_or_interrupted_run_leaves_nothing_behind(llm):
     run = llm.run(requests(10))
     next(run)
