@@ -16,21 +16,21 @@ from runner.types import Completion, Request, SamplingParams
 
 VOCAB_SIZE = 97
 EOS = 2
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCAB_SIZE,
+}
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> nn.Module:
     """Two layers, grouped heads, float32; weights are large enough that the context matters."""
-    args: dict[str, Any] = {
-        "model_type": "llama",
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": VOCAB_SIZE,
-    }
-    model = Model(ModelArgs(**(args | changes)))
+    model = Model(ModelArgs(**(CONFIG | changes)))
     random = np.random.default_rng(seed)
 
     def fresh(parameter: mx.array) -> mx.array:

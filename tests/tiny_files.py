@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+import tiny
 from mlx_lm.utils import save_config, save_model
-from tiny import tiny_model
 from tokenizers import pre_tokenizers
 
 from runner.models.tokenizer import Vocabulary, build_tokenizer
@@ -15,14 +15,7 @@ CHAT_TEMPLATE = (
     "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
     "{{ mood or '' }}"
 )
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
+CONFIG = tiny.CONFIG | {
     "vocab_size": len(TOKENS),
     "max_position_embeddings": CONTEXT,
     "tie_word_embeddings": True,
@@ -32,7 +25,7 @@ CONFIG = {
 
 def save_tiny_model(directory: Path) -> Path:
     """Writes config, weights and tokenizer; every byte is a token, </s> ends a text."""
-    save_model(directory, tiny_model(vocab_size=len(TOKENS), max_position_embeddings=CONTEXT))
+    save_model(directory, tiny.tiny_model(vocab_size=len(TOKENS), max_position_embeddings=CONTEXT))
     save_config(dict(CONFIG), directory / "config.json")
     vocabulary = Vocabulary(
         tokens=TOKENS,

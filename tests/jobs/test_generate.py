@@ -162,6 +162,20 @@ def test_limit_offset_and_id_column_choose_and_name_rows(place):
     assert results(place / "out")["row_id"].to_list() == ["1", "2"]
 
 
+def test_an_id_that_names_two_rows_ends_the_run_and_keeps_what_is_done(place):
+    rows = [{"id": name, "prompt": f"row {i}"} for i, name in enumerate([*"abcdefghijkl", "a"])]
+    write_jsonl(place / "ids.jsonl", rows)
+    done = run_cli(
+        "generate", "model.path=tiny", "data.path=ids.jsonl", "data.id_column=id",
+        "engine.max_batch_size=1", "output.dir=out", *SHORT, cwd=place,
+    )  # fmt: skip
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "error: id_column=id: 'a' does not name one row alone"
+    assert "a" in set(results(place / "out")["row_id"])
+    assert not json.loads((place / "out" / "manifest.json").read_text())["complete"]
+
+
 def test_a_repeated_prompt_is_two_rows_with_draws_of_their_own(place):
     write_jsonl(place / "twice.jsonl", [{"prompt": "same"}, {"prompt": "same"}])
     generate(place, "sampling.max_tokens=20", *SHORT[1:], path="twice.jsonl")
