@@ -2,12 +2,10 @@
 
 from collections.abc import Collection, Iterable, Iterator
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from runner.engine.batch import Batch, InFlight
 from runner.engine.model_runner import ModelRunner, Prefill, ReadyPrompt
-from runner.engine.sampler import sample
 from runner.engine.scheduler import Scheduler
 from runner.engine.sequence import Sequence
 from runner.engine.stats import EngineStats
@@ -199,18 +197,22 @@ class Engine:
 
     def _start_ready(self) -> None:
         """Starts as many samples of prefilled prompts as there are free rows."""
+        started: list[tuple[ReadyPrompt, list[int]]] = []
         while self._ready and self._batch.num_free_rows:
             prompt = self._ready[0]
             indices = range(prompt.num_started, prompt.request.params.n)
-            started = [self._sequence(prompt.request, i) for i in indices]
-            started = started[: self._batch.num_free_rows]
-            for sequence in started:
+            sequences = [self._sequence(prompt.request, i) for i in indices]
+            sequences = sequences[: self._batch.num_free_rows]
+            for sequence in sequences:
                 self._batch.place(sequence)
-            self._reserve()
-            self._runner.fork(prompt, [sequence.row for sequence in started])
-            prompt.num_started += len(started)
+            started.append((prompt, [sequence.row for sequence in sequences]))
+            prompt.num_started += len(sequences)
             if prompt.num_left == 0:
                 self._ready.pop(0)
+        if started:
+            self._reserve()  # Once for all of them: what grows is copied whole.
+        for prompt, rows in started:
+            self._runner.fork(prompt, rows)
 
     def _room(self, request: Request) -> int | None:
         """Tokens that the context has left after the prompt; None where it has no limit."""
@@ -250,9 +252,7 @@ class Engine:
         self._compact()
         self._reserve()
         logits = self._runner.decode(batch.input_token_ids(), batch.positions())
-        table, processors = batch.sampling()
-        samples = sample(logits, table, batch.uniforms(), processors)
-        mx.async_eval(samples.packed, samples.token_ids)  # type: ignore[no-untyped-call]
+        samples = batch.sample(logits)
         self.stats.num_steps += 1
         self.stats.num_row_steps += len(batch.rows)
         return batch.launched(samples)

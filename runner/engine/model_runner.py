@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from runner.engine.attention import fold_decode_attention
+from runner.engine.cpu_kernels import CPUKernels
 from runner.engine.layer_cache import PromptCache
 from runner.engine.layer_kinds import layer_kinds
 from runner.engine.prefix_cache import PrefixCache
@@ -84,7 +84,7 @@ class ModelRunner:
         self, model: nn.Module, *, prefill_step_size: int, prefix_cache_bytes: int
     ) -> None:
         self._model = model
-        fold_decode_attention(model)
+        self._kernels = CPUKernels(model)
         self._kinds, self.vocab_size = layer_kinds(model)
         self._is_recurrent = any(kind.is_recurrent for kind in self._kinds)
         self._prefill_step_size = prefill_step_size
@@ -120,7 +120,8 @@ class ModelRunner:
         if self._is_recurrent:
             size = min(size, prefill.num_to_next_end)
         end = prefill.num_done + size
-        self._model(prefill.token_ids[:, prefill.num_done : end], cache=prefill.caches)
+        with self._kernels.bound():
+            self._model(prefill.token_ids[:, prefill.num_done : end], cache=prefill.caches)
         prefill.advance(size)
         mx.async_eval([cache.arrays for cache in prefill.caches])  # type: ignore[no-untyped-call]
         return num_prompts * size
@@ -153,5 +154,6 @@ class ModelRunner:
     def decode(self, token_ids: mx.array, positions: Sequence[int]) -> mx.array:
         """Forwards one token per row, (B,), written at `positions`; logits (B, V)."""
         self.caches.begin_step(positions)
-        logits: mx.array = self._model(token_ids[:, None], cache=self.caches.layers)
+        with self._kernels.bound():
+            logits: mx.array = self._model(token_ids[:, None], cache=self.caches.layers)
         return logits[:, -1]
