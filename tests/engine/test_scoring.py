@@ -152,6 +152,20 @@ def test_half_precision_is_summed_in_float32_and_the_impossible_adds_no_entropy(
     assert scores.top_token_ids.shape == (1, 1, 3), "no more than the vocabulary"
 
 
+@pytest.mark.parametrize("vocab_size", [255, 256, 257, 50_000])
+def test_sums_over_a_vocabulary_lose_nothing_and_skip_the_impossible(vocab_size):
+    """Added up in order in float32, 50 000 terms would be off by some 5e-5, all to one side."""
+    random = np.random.default_rng(1).normal(scale=3, size=(2, 4, vocab_size)).astype(np.float32)
+    random[1, :, : vocab_size // 2] = -np.inf
+    exact = random.astype(np.float64) - random.max(-1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(-1, keepdims=True))
+    last = mx.full((2, 4), vocab_size - 1)
+    scores = score_tokens(mx.array(random), last, entropy=True)
+    np.testing.assert_allclose(scores.logprobs, exact[..., -1], atol=5e-6)
+    terms = np.where(np.isfinite(exact), np.exp(exact) * np.maximum(exact, -1e9), 0)
+    np.testing.assert_allclose(scores.entropies, -terms.sum(-1), atol=2e-5)
+
+
 def test_the_logits_in_memory_are_bounded_whatever_the_prompts():
     """A full forward would hold 4 x 1500 x 9000 floats, 216 MB; here a chunk is 4 MiB of them."""
     model = tiny_model(vocab_size=9000)
@@ -179,7 +193,7 @@ def test_the_logits_in_memory_are_bounded_whatever_the_prompts():
     assert len(done) == len(rows) and sum(n * p for n, p, _ in shapes) >= 4500
     assert max(4 * math.prod(shape) for shape in shapes) <= 2**22
     assert any(n > 1 for n, _, _ in shapes), "short prompts are scored together"
-    assert peak < 2**26, f"{peak / 2**20:.0f} MiB"
+    assert peak < 2**24, f"{peak / 2**20:.0f} MiB"
 
 
 def test_a_chunk_has_at_least_a_position_and_at_most_the_bytes_that_are_stated():
