@@ -83,6 +83,15 @@ def test_choices_are_equal_scored_together_one_by_one_and_without_a_cache(tiny_d
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
+def test_each_of_several_contexts_is_forwarded_once(tiny_directory):
+    llm = LLM(tiny_directory)
+    contexts = [f"{name} context that is like none of the others. " for name in "ABC"]
+    scores = llm.score([(context, ["a", "b", "c"]) for context in contexts], use_tqdm=False)
+    assert len(scores) == 9
+    num_alone = sum(map(len, contexts))
+    assert llm.engine.stats.num_prefill_tokens < num_alone + 9 * 3
+
+
 def test_text_token_ids_and_a_mixture_of_them_are_the_same_pair(llm):
     before, after = llm.tokenizer.encode("some context"), llm.tokenizer.encode("more")
     pairs = [(a, b) for a in ("some context", before) for b in ("more", after)]

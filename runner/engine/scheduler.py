@@ -1,7 +1,8 @@
 """What to prefill next: policy over counters, without arrays."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from runner.types import Request
 
@@ -63,6 +64,8 @@ class Scheduler:
         """
         taken: list[Request] = []
         while self._waiting and self._fits([*taken, self._waiting[0]], num_free_rows):
+            if not _share_well(taken, *islice(self._waiting, 2)):
+                break
             taken.append(self._waiting.popleft())
         return taken
 
@@ -82,9 +85,33 @@ class Scheduler:
         scored = [request for request in requests if request.is_scored]
         if not scored or len(scored) < len(requests):
             return not scored
-        num_tokens = len(scored) * max(len(request.prompt_token_ids) for request in scored)
-        num_positions = len(scored) * max(1, *(request.num_scored for request in scored))
-        return num_tokens <= self._max_scored_tokens and num_positions <= self._max_scored_positions
+        longest = max(len(request.prompt_token_ids) for request in scored)
+        num_columns = longest - 1 - min(request.num_context for request in scored)
+        return (
+            len(scored) * longest <= self._max_scored_tokens
+            and len(scored) * num_columns <= self._max_scored_positions
+        )
+
+
+def _share_well(
+    taken: Sequence[Request], request: Request, following: Request | None = None
+) -> bool:
+    """Whether a request may join a prefill without a context being forwarded twice for it.
+
+    A prefill has continuations of one context, or of a context each, none of which is shared with
+    the request that comes after.
+    """
+    if not request.is_scored or not taken:
+        return True
+    first, last, context = _context(taken[0]), _context(taken[-1]), _context(request)
+    if context == last:
+        return first == last
+    is_shared = following is not None and _context(following) == context != []
+    return not is_shared and (len(taken) == 1 or first != last or not last)
+
+
+def _context(request: Request) -> list[int]:
+    return list(request.prompt_token_ids[: request.num_context])
 
 
 def _padding(requests: Iterable[Request]) -> float:
