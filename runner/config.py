@@ -51,7 +51,7 @@ class SamplingConfig:
     min_p: float = 0.0
     """Drops tokens less likely than this fraction of the most likely one."""
     max_tokens: int | None = 256
-    """Tokens per completion at most; null fills the context."""
+    """Tokens per completion at most; null fills the context, 0 only scores the prompt."""
     seed: int = 0
     """Same seed, same draws, whatever the batch size, the order or the machine's load."""
     stop: list[str] = field(default_factory=list)
@@ -79,6 +79,8 @@ class SamplingConfig:
     """Words that a completion never holds."""
     allowed_token_ids: list[int] | None = None
     """The only token ids that a completion may hold; null allows all."""
+    prompt_logprobs: int | None = None
+    """0 writes the model's own logprob of every prompt token; null writes none."""
 
 
 @dataclass

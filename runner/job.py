@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.data import Dataset, ResultWriter
 from runner.data.schemas import passthrough_names, result_schema
-from runner.errors import DataError, PromptError
+from runner.errors import DataError, ParameterError, PromptError
 from runner.interrupt import Interrupt
 from runner.llm import LLM
 from runner.progress import Progress
@@ -44,7 +44,7 @@ class RunContext:
     def __init__(self, config: DictConfig) -> None:
         self.config = config
         self.directory = Path(config.output.dir)
-        self.params = SamplingParams(**_plain(config.sampling))
+        self.params = _sampling_params(config)
         self.dataset: Dataset = instantiate(config.data)
         self.prompts = _prompt_builder(self.dataset)
         self.writer: ResultWriter = instantiate(config.output)(
@@ -95,11 +95,13 @@ class RunContext:
         scores: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         """Writes the result rows of one input row; `scores` adds columns by sample index."""
+        scored = output.prompt_token_logprobs
         shared = {self._names[name]: value for name, value in row.items()} | {
             "row_id": output.request_id,
             "group_id": output.request_id,
             "prompt": output.prompt,
             "prompt_token_ids": output.prompt_token_ids,
+            "prompt_logprobs": scored.with_nulls() if scored is not None else None,
             "temperature": self.params.temperature,
             "seed": self.params.seed,
             "model": self.llm.loaded.name,
@@ -183,6 +185,14 @@ def _plain(node: DictConfig) -> dict[str, Any]:
     content = OmegaConf.to_container(node, resolve=True)
     assert isinstance(content, dict), "a group of options is a mapping"
     return {str(key): value for key, value in content.items()}
+
+
+def _sampling_params(config: DictConfig) -> SamplingParams:
+    params = SamplingParams(**_plain(config.sampling))
+    if params.prompt_logprobs:
+        what = "a job writes no alternatives: 0 for the prompt's own tokens, or null"
+        raise ParameterError(f"prompt_logprobs={params.prompt_logprobs} is not allowed: {what}")
+    return params
 
 
 def _prompt_builder(dataset: Dataset) -> PromptBuilder:

@@ -18,9 +18,15 @@ class Progress:
         )
 
     def update(self, output: RequestOutput) -> None:
-        """Counts a finished row."""
-        self._num_tokens += sum(len(sample.token_ids) for sample in output.outputs)
-        self._num_errors += output.error is not None
+        """Counts a finished row; its tokens are those sampled, or else those scored."""
+        scored, self._num_errors = 0, self._num_errors + (output.error is not None)
+        if output.prompt_token_logprobs is not None:
+            scored = len(output.prompt_token_logprobs.logprobs)
+        self.count(sum(len(sample.token_ids) for sample in output.outputs) or scored)
+
+    def count(self, num_tokens: int) -> None:
+        """Counts a finished row by its useful tokens."""
+        self._num_tokens += num_tokens
         elapsed = self._bar.format_dict["elapsed"] or 0.0
         shown = f"{self._num_tokens / max(elapsed, 1e-3):.0f} tok/s"
         if self._num_errors:

@@ -26,6 +26,7 @@ def summary(directory: Path, writer: ResultWriter, llm: LLM, *, seconds: float) 
             "seconds": seconds,
             "prompt_tokens": stats.num_prompt_tokens,
             "prefix_cached_tokens": stats.num_cached_tokens,
+            "scored_tokens": stats.num_scored_tokens,
             "completion_tokens": stats.num_completion_tokens,
             "tokens_per_second": stats.num_completion_tokens / seconds,
             "rows_per_hour": stats.num_requests / seconds * 3600,
@@ -65,6 +66,8 @@ def print_report(numbers: dict[str, Any], directory: Path) -> None:
         "BLAS": numbers["blas"],
         "memory": f"{run['peak_memory_bytes'] / 2**30:.2f} GiB at most",
     }
+    if run["scored_tokens"]:
+        lines["scored"] = f"{run['scored_tokens']} tokens of the prompts"
     if reward is not None:
         lines["reward"] = f"{reward['mean']:.3f} ± {reward['std']:.3f}"
     print()

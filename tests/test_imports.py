@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config"},
-    {"engine", "models", "data", "rewards", "prompts", "progress", "interrupt"},
+    {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"},
     {"llm"},
     {"report", "server"},
     {"job"},

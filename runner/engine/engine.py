@@ -66,10 +66,15 @@ class Engine:
         )
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
         self._eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
-        self._scheduler = Scheduler(max_batch_size=max_batch_size)
+        self._scheduler = Scheduler(
+            max_batch_size=max_batch_size,
+            max_scored_tokens=prefill_step_size,
+            max_scored_positions=self._runner.max_scored_positions,
+        )
         self._batch = Batch(max_batch_size=max_batch_size, vocab_size=self._runner.vocab_size)
         self._prefill: Prefill | None = None
         self._ready: list[ReadyPrompt] = []
+        self._scored: list[ReadyPrompt] = []
         self._in_flight: InFlight | None = None
         self._aborting: set[str] = set()
 
@@ -81,7 +86,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether any request has samples that are not finished."""
-        waiting = len(self._scheduler) or self._prefill or self._ready
+        waiting = len(self._scheduler) or self._prefill or self._ready or self._scored
         return bool(waiting or self._batch.sequences)
 
     def add(self, request: Request) -> None:
@@ -101,7 +106,7 @@ class Engine:
         length, most = len(request.prompt_token_ids), self.max_model_len
         if length == 0:
             raise PromptError("the prompt has no tokens")
-        if most is not None and length >= most:
+        if most is not None and length + request.needs_row > most:
             raise PromptError(f"the prompt has {length} tokens; the context holds {most} in all")
         for token_id in request.prompt_token_ids:
             if not 0 <= token_id < self._runner.vocab_size:
@@ -173,26 +178,36 @@ class Engine:
     def step(self) -> list[Completion]:
         """Prefills a chunk, launches a decode of all rows, reads the decode before that."""
         aborted = self._end_aborted()
+        # Read once the next prefill is on its way.
+        scored, self._scored = self._scored, []
         self._advance_prefill()
         self._start_ready()
         launched = self._launch()
-        finished = self._collect()
+        finished = [self._only_scored(prompt) for prompt in scored] + self._collect()
         self._in_flight = launched
         return aborted + finished
+
+    def _only_scored(self, prompt: ReadyPrompt) -> Completion:
+        """The end of a request that samples nothing and so needs no row."""
+        sequence = self._sequence(prompt, 0)
+        sequence.finish_reason = "length"
+        return sequence.completion()
 
     def _advance_prefill(self) -> None:
         if self._prefill is None and not self._ready:
             requests = self._scheduler.next_prompts(self._batch.num_free_rows)
             if requests:
                 self._prefill = self._runner.start_prefill(requests)
-                self.stats.num_cached_tokens += self._prefill.num_cached * len(requests)
+                self.stats.num_cached_tokens += self._prefill.num_saved
         if self._prefill is None:
             return
         self.stats.num_prefill_tokens += self._runner.prefill_chunk(self._prefill)
         if self._prefill.num_left == 0:
             prompts = self._runner.finish_prefill(self._prefill)
             self.stats.num_prompt_tokens += sum(len(p.request.prompt_token_ids) for p in prompts)
-            self._ready += prompts
+            self.stats.num_scored_tokens += sum(p.request.num_scored for p in prompts)
+            self._ready += [p for p in prompts if p.request.needs_row]
+            self._scored += [p for p in prompts if not p.request.needs_row]
             self._prefill = None
 
     def _start_ready(self) -> None:
@@ -201,7 +216,7 @@ class Engine:
         while self._ready and self._batch.num_free_rows:
             prompt = self._ready[0]
             indices = range(prompt.num_started, prompt.request.params.n)
-            sequences = [self._sequence(prompt.request, i) for i in indices]
+            sequences = [self._sequence(prompt, i) for i in indices]
             sequences = sequences[: self._batch.num_free_rows]
             for sequence in sequences:
                 self._batch.place(sequence)
@@ -219,8 +234,9 @@ class Engine:
         most = self.max_model_len
         return None if most is None else most - len(request.prompt_token_ids)
 
-    def _sequence(self, request: Request, index: int) -> Sequence:
-        params, matcher = request.params, None
+    def _sequence(self, prompt: ReadyPrompt, index: int) -> Sequence:
+        request, matcher = prompt.request, None
+        params = request.params
         if params.stop:
             assert self._decode is not None, "checked when the request was added"
             matcher = StopStringMatcher(
@@ -238,6 +254,7 @@ class Engine:
             stop_token_ids=stop_token_ids | (frozenset() if params.ignore_eos else self._eos),
             eos_token_ids=self._eos,
             stop_matcher=matcher,
+            prompt_logprobs=prompt.reader,
         )
 
     def _reserve(self) -> None:
@@ -259,7 +276,9 @@ class Engine:
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
-        coming = self._prefill is not None or (len(self._scheduler) > 0 and not self._ready)
+        prefilling = self._prefill.requests if self._prefill is not None else []
+        waiting = self._scheduler.wants_rows and not self._ready
+        coming = waiting or any(request.needs_row for request in prefilling)
         return coming and self._batch.num_free_rows > len(self._batch.sequences)
 
     def _compact(self) -> None:
@@ -295,10 +314,11 @@ class Engine:
         ended = [s for s in self._batch.sequences if s.request.request_id in self._aborting]
         for sequence in ended:
             self._batch.release(sequence)
-        for prompt in [p for p in self._ready if p.request.request_id in self._aborting]:
-            unstarted = range(prompt.num_started, prompt.request.params.n)
-            ended += [self._sequence(prompt.request, i) for i in unstarted]
-            self._ready.remove(prompt)
+        for queue in (self._ready, self._scored):
+            for prompt in [p for p in queue if p.request.request_id in self._aborting]:
+                unstarted = range(prompt.num_started, prompt.request.params.n)
+                ended += [self._sequence(prompt, i) for i in unstarted]
+                queue.remove(prompt)
         for sequence in ended:
             sequence.finish_reason = "abort"
         # A request in the middle of its prefill is ended once it is ready.

@@ -17,6 +17,8 @@ import pytest
 from command_line import ROOT, results, run_cli, succeed, write_jsonl
 from omegaconf import OmegaConf
 
+from runner import LLM
+
 ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i), "level": i} for i in range(6)]
 SHORT = ("sampling.max_tokens=6", "sampling.ignore_eos=true")
 
@@ -59,6 +61,33 @@ def test_the_directory_holds_rows_manifest_summary_and_config(place):
     assert config.sampling.max_tokens == 6 and config.data.path == "prompts.jsonl"
     assert max(map(len, printed.splitlines())) <= 80 + len(str(out))
     assert f'polars.scan_ipc("{out}/part-*.arrow")' in printed
+
+
+def test_prompt_logprobs_are_a_column_of_the_models_own_distribution(place):
+    write_jsonl(place / "some.jsonl", [{"question": text} for text in ("hello", "a", "")])
+    options = ["data.prompt_column=question", "sampling.prompt_logprobs=0"]
+    generate(place, *options, "sampling.n=2", *SHORT, path="some.jsonl")
+    printed = generate(place, *options, "sampling.max_tokens=0", path="some.jsonl", out="scored")
+    assert "4 tokens of the prompts" in printed
+    rows, scored = results(place / "out"), results(place / "scored")
+    assert rows.schema["prompt_logprobs"] == pl.List(pl.Float32)
+    field = pa.ipc.open_file(place / "out" / "part-00000.arrow").schema.field("prompt_logprobs")
+    assert b"model" in field.metadata[b"distribution"]
+    for table, samples in ((rows, 2), (scored, 1)):
+        hello = table.filter(pl.col("prompt") == "hello")["prompt_logprobs"].to_list()
+        assert len(hello) == samples and all(row == hello[0] for row in hello)
+        assert hello[0][0] is None and len(hello[0]) == 5 and max(hello[0][1:]) < 0
+        alone = table.filter(pl.col("prompt") == "a")["prompt_logprobs"].to_list()
+        assert alone == [[None]] * samples
+        failed = table.filter(pl.col("error").is_not_null())
+        assert failed.height == 1 and failed["prompt_logprobs"].to_list() == [None]
+    assert set(scored["completion_token_ids"].list.len().drop_nulls()) == {0}
+    llm = LLM(place / "tiny")
+    (score,) = llm.score(["hello"], use_tqdm=False)
+    one = scored.filter(pl.col("prompt") == "hello")["prompt_logprobs"][0].to_list()
+    assert one[1:] == pytest.approx(score.logprobs[1:], abs=1e-4)
+    generate(place, "data.prompt_column=question", *SHORT, path="some.jsonl", out="none")
+    assert results(place / "none")["prompt_logprobs"].null_count() == 3
 
 
 def test_results_open_unchanged_in_polars_pyarrow_and_datasets(place):
