@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from runner.engine.attention import fold_decode_attention
+from runner.engine.kv_options import KVOptions
 from runner.engine.layer_cache import PromptCache
 from runner.engine.layer_kinds import layer_kinds
 from runner.engine.prefix_cache import PrefixCache
@@ -81,11 +82,17 @@ class ModelRunner:
     """A model and the row slots of its caches."""
 
     def __init__(
-        self, model: nn.Module, *, prefill_step_size: int, prefix_cache_bytes: int
+        self,
+        model: nn.Module,
+        *,
+        prefill_step_size: int,
+        prefix_cache_bytes: int,
+        kv_options: KVOptions,
     ) -> None:
         self._model = model
         fold_decode_attention(model)
-        self._kinds, self.vocab_size = layer_kinds(model)
+        kinds, self.vocab_size = layer_kinds(model)
+        self._kinds = kv_options.applied(kinds)
         self._is_recurrent = any(kind.is_recurrent for kind in self._kinds)
         self._prefill_step_size = prefill_step_size
         self.caches = RowCaches(self._kinds)
