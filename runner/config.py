@@ -26,7 +26,11 @@ class ModelConfig:
 
 @dataclass
 class EngineConfig:
-    """How the batch is run (`engine=`); nothing here changes what a row gets."""
+    """How the batch is run (`engine=`).
+
+    The options about keys and values, `kv_bits` and what follows it, change results, so that they
+    cannot be changed when a run is resumed; the others do not change what a row gets.
+    """
 
     max_batch_size: int = 32
     """Rows decoded together."""
@@ -34,6 +38,16 @@ class EngineConfig:
     """Prompt tokens, pads included, forwarded at once."""
     prefix_cache_bytes: int = 268435456
     """Keys and values kept for prompts that begin like an earlier one; 0 keeps none."""
+    kv_bits: int | None = None
+    """Stores keys and values in 2, 3, 4, 5, 6 or 8 bits; null as they are. Changes results."""
+    kv_group_size: int = 64
+    """Entries that share a scale, 32, 64 or 128; it has to divide the size of an attention head."""
+    quantized_kv_start: int = 0
+    """First tokens of each row that are not quantised, however long the row grows. (mlx-lm, by this
+    name, quantises all tokens of a row as soon as there are more.)"""
+    max_kv_size: int | None = None
+    """Columns kept of a row in each attention layer, 5 or more: of its first 4 tokens and of the
+    latest, all that is attended to. null keeps all. max_model_len still holds. Changes results."""
 
 
 @dataclass

@@ -29,7 +29,10 @@ from runner.types import (
 )
 
 _DECIDING_GROUPS = ("job", "model", "data", "sampling", "reward")
-"""The groups whose options decide results; `engine` and `output` do not."""
+"""The groups whose options decide results; those of `output` do not."""
+
+_DECIDING_ENGINE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size")
+"""What of `engine` decides results as well."""
 
 Row = Mapping[str, Any]
 
@@ -209,9 +212,8 @@ def _prompt_builder(dataset: Dataset) -> PromptBuilder:
 
 def _identity(config: DictConfig) -> dict[str, Any]:
     """The options that decide results, flat: `sampling.temperature` and so on."""
+    groups = {name: _plain(config[name]) for name in _DECIDING_GROUPS if config[name] is not None}
+    groups["engine"] = {name: config.engine[name] for name in _DECIDING_ENGINE_OPTIONS}
     return {
-        f"{group}.{key}": value
-        for group in _DECIDING_GROUPS
-        if config[group] is not None
-        for key, value in _plain(config[group]).items()
+        f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()
     }

@@ -59,6 +59,10 @@ class LLM:
         max_batch_size: int = 32,
         prefill_step_size: int = 2048,
         prefix_cache_bytes: int = 2**28,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
+        max_kv_size: int | None = None,
         seed: int = 0,
     ) -> None:
         """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
@@ -82,6 +86,10 @@ class LLM:
             max_batch_size=max_batch_size,
             prefill_step_size=prefill_step_size,
             prefix_cache_bytes=prefix_cache_bytes,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            max_kv_size=max_kv_size,
             max_model_len=model.max_model_len,
             eos_token_ids=model.tokenizer.eos_token_ids,
             decode=self._decode,

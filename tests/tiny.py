@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models.llama import Model, ModelArgs
+from naive_cache import naive_caches
 
 from runner.engine.engine import Engine
 from runner.engine.sampler import uniforms
@@ -124,7 +125,7 @@ def naive_logits(logits: np.ndarray, request: Request, generated: list[int]) -> 
     return np.array(changed)
 
 
-def naive_sample(model: nn.Module, request: Request, index: int) -> Completion:
+def naive_sample(model: nn.Module, request: Request, index: int, **kv_options: Any) -> Completion:
     """One sample by a full forward per token: no cache, no batch, the draw in float64."""
     params, ids = request.params, list(request.prompt_token_ids)
     stream = np.array([stream_key(params.seed or 0, request.key, index)], np.uint64)
@@ -138,7 +139,8 @@ def naive_sample(model: nn.Module, request: Request, index: int) -> Completion:
     )
     assert params.max_tokens is not None
     for position in range(params.max_tokens):
-        logits = np.array(model(mx.array([ids]))[0, -1])
+        caches = {"cache": naive_caches(model, **kv_options)} if kv_options else {}
+        logits = np.array(model(mx.array([ids]), **caches)[0, -1])
         raw = naive_distribution(logits, SamplingParams(temperature=1.0))
         changed = naive_logits(logits, request, done.token_ids)
         processed = naive_distribution(changed, params)

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Iterator
 import mlx.nn as nn
 
 from runner.engine.batch import Batch, InFlight
+from runner.engine.kv_options import KVOptions
 from runner.engine.model_runner import ModelRunner, Prefill, ReadyPrompt
 from runner.engine.scheduler import Scheduler
 from runner.engine.sequence import Sequence
@@ -29,6 +30,10 @@ class Engine:
         prefill_step_size: int = 2048,
         prefix_cache_bytes: int = 2**28,
         max_model_len: int | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
+        max_kv_size: int | None = None,
         eos_token_ids: Collection[int] = (),
         decode: Decode | None = None,
     ) -> None:
@@ -41,28 +46,31 @@ class Engine:
             prefix_cache_bytes: keys, values and states kept for prompts that begin like an earlier
                 one; 0 keeps none.
             max_model_len: tokens of prompt and completion together; None for no limit.
+            kv_bits, kv_group_size, quantized_kv_start, max_kv_size: coarser or fewer keys and
+                values, as `EngineConfig` says; these change results.
             eos_token_ids: tokens that end every row that does not set `ignore_eos`.
             decode: token ids -> text; needed for stop strings alone.
 
         Raises:
             ModelError: a layer of the model keeps a kind of past that is not covered, or the model
                 is one of those that are wrong in a padded batch.
-            ParameterError: a size is below 1.
+            ParameterError: a size is below 1, or an option does not suit the model.
         """
-        for name, size, least in (
-            ("max_batch_size", max_batch_size, 1),
-            ("prefill_step_size", prefill_step_size, 1),
-            ("prefix_cache_bytes", prefix_cache_bytes, 0),
-            ("max_model_len", 1 if max_model_len is None else max_model_len, 1),
-        ):
-            if size < least:
-                raise ParameterError(f"{name}={size} is not allowed: at least {least}")
+        _check_sizes(max_batch_size, prefill_step_size, prefix_cache_bytes, max_model_len)
         self.max_batch_size = max_batch_size
         self.max_model_len = max_model_len
         self.stats = EngineStats()
         self._decode = decode
         self._runner = ModelRunner(
-            model, prefill_step_size=prefill_step_size, prefix_cache_bytes=prefix_cache_bytes
+            model,
+            prefill_step_size=prefill_step_size,
+            prefix_cache_bytes=prefix_cache_bytes,
+            kv_options=KVOptions(
+                kv_bits=kv_bits,
+                kv_group_size=kv_group_size,
+                quantized_kv_start=quantized_kv_start,
+                max_kv_size=max_kv_size,
+            ),
         )
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
         self._eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
@@ -325,3 +333,16 @@ class Engine:
         prefilling = self._prefill.requests if self._prefill is not None else []
         self._aborting &= {request.request_id for request in prefilling}
         return [sequence.completion() for sequence in ended]
+
+
+def _check_sizes(
+    max_batch_size: int, prefill_step_size: int, prefix_cache_bytes: int, max_model_len: int | None
+) -> None:
+    for name, size, least in (
+        ("max_batch_size", max_batch_size, 1),
+        ("prefill_step_size", prefill_step_size, 1),
+        ("prefix_cache_bytes", prefix_cache_bytes, 0),
+        ("max_model_len", 1 if max_model_len is None else max_model_len, 1),
+    ):
+        if size < least:
+            raise ParameterError(f"{name}={size} is not allowed: at least {least}")

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from runner.engine.cpu_kernels import CPUKernels
+from runner.engine.kv_options import KVOptions
 from runner.engine.layer_cache import Past, PromptCache
 from runner.engine.layer_kinds import layer_kinds
 from runner.engine.prefix_cache import MIN_TOKENS, PrefixCache, num_shared
@@ -115,11 +117,17 @@ class ModelRunner:
     """A model and the row slots of its caches."""
 
     def __init__(
-        self, model: nn.Module, *, prefill_step_size: int, prefix_cache_bytes: int
+        self,
+        model: nn.Module,
+        *,
+        prefill_step_size: int,
+        prefix_cache_bytes: int,
+        kv_options: KVOptions,
     ) -> None:
         self._model = model
         self._kernels = CPUKernels(model)
-        self._kinds, self.vocab_size = layer_kinds(model)
+        kinds, self.vocab_size = layer_kinds(model)
+        self._kinds = kv_options.applied(kinds)
         self._is_recurrent = any(kind.is_recurrent for kind in self._kinds)
         self._prefill_step_size = prefill_step_size
         self.max_scored_positions = max_scored_positions(self.vocab_size)

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from command_line import ROOT, results, run_cli, succeed, write_jsonl
+from command_line import ROOT, refused, results, run_cli, succeed, write_jsonl
 from omegaconf import OmegaConf
 
 from runner import LLM
@@ -225,6 +225,30 @@ def test_a_finished_directory_is_left_as_it_is(place):
     printed = generate(place, "data.prompt_column=question", *SHORT)
     assert "holds all 6 results already" in printed
     assert before == {p.name: p.read_bytes() for p in (place / "out").iterdir()}
+
+
+def test_options_about_keys_and_values_decide_results_and_the_batch_size_does_not(place):
+    given = ("data.prompt_column=question", *SHORT)
+    generate(place, *given, "engine.max_kv_size=8")
+    words = ["generate", "model.path=tiny", "data.path=prompts.jsonl", "output.dir=out", *given]
+    changed = ["engine.kv_bits=8", "engine.kv_group_size=32", "engine.quantized_kv_start=4"]
+    for option in (*changed, "engine.max_kv_size=9"):
+        line = refused(*words, *dict.fromkeys(["engine.max_kv_size=8", option]), cwd=place)
+        key, _, value = option.partition("=")
+        assert f"{key}: " in line and line.count(" -> ") == 1 and f"-> {value}" in line
+    printed = generate(place, *given, "engine.max_kv_size=8", "engine.max_batch_size=2")
+    assert "holds all 6 results already" in printed
+
+
+def test_a_bounded_cache_changes_results(place):
+    given = ("data.prompt_column=question", *SHORT)
+    generate(place, *given, "engine.max_kv_size=8", out="bounded")
+    generate(place, *given, "engine.max_kv_size=200", out="roomy")
+    generate(place, *given, out="plain")
+    bounded, roomy, plain = (
+        results(place / name)["raw_logprobs"] for name in ("bounded", "roomy", "plain")
+    )
+    assert roomy.to_list() == plain.to_list() != bounded.to_list()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
