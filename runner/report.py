@@ -1,5 +1,6 @@
 """What a finished run says: `summary.json` and a short table."""
 
+import functools
 import resource
 import sys
 from importlib.metadata import version
@@ -43,8 +44,14 @@ def summary(writer: ResultWriter, llm: LLM, *, total: int | None, seconds: float
         },
         "device": llm.loaded.device,
         "blas": llm.loaded.blas.name,
-        "versions": {"mlx-runner": __version__} | {name: version(name) for name in _PACKAGES},
+        "versions": _versions(),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Looked up once: it reads a file of each package, and a summary comes with every commit."""
+    return {"mlx-runner": __version__} | {name: version(name) for name in _PACKAGES}
 
 
 def _peak_memory() -> int:

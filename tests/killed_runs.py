@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runner.models.blas import load_blas
+from forked_cli import import_everything
 
-load_blas()
+import_everything()
 
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
@@ -69,7 +69,7 @@ def attempt(config: DictConfig, choose: random.Random) -> int:
     if child == 0:
         run(config, last_step)
     if not by_step:
-        time.sleep(choose.uniform(0.0, 0.35))
+        time.sleep(choose.uniform(0.0, 0.3))
         os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
 
