@@ -164,7 +164,7 @@ def test_a_disk_that_refuses_stops_the_run_which_goes_on_later(place):
     generate(place, "output.shard_rows=4", out="whole")
     done = subprocess.run(
         [sys.executable, "-m", "runner", *BASE, "output.dir=out", "output.shard_rows=100",
-         "sampling.max_tokens=200", "data.limit=24"],
+         "sampling.max_tokens=60", "data.limit=24"],
         cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True, text=True, preexec_fn=limited,
     )  # fmt: skip
@@ -172,7 +172,7 @@ def test_a_disk_that_refuses_stops_the_run_which_goes_on_later(place):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and "out: cannot be written: File too large" in last
     assert "Traceback" not in done.stderr
-    command = ("output.shard_rows=100", "sampling.max_tokens=200", "data.limit=24")
+    command = ("output.shard_rows=100", "sampling.max_tokens=60", "data.limit=24")
     generate(place, *command)
     assert results(place / "out").height == 24
 
