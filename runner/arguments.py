@@ -11,6 +11,9 @@ from runner.errors import UsageError
 _TEXTS = ("data.prompt_template", "data.system_prompt", "reward.pattern")
 """Options whose value is free text, with braces, commas and quotes."""
 
+_DIRECTORY_JOBS = ("merge",)
+"""Jobs about a directory of results, which a second bare word names."""
+
 
 @dataclass
 class Arguments:
@@ -51,8 +54,11 @@ def parse_arguments(argv: list[str], groups: Mapping[str, Collection[str]]) -> A
     Raises UsageError on an unknown flag.
     """
     parsed = _parser().parse_intermixed_args(argv)
-    job = next((word for word in parsed.words if "=" not in word and word[0] != "~"), None)
+    bare = [word for word in parsed.words if "=" not in word and word[:1] != "~"]
+    job = bare[0] if bare else None
     words = [f"job={job}" if word is job else word for word in parsed.words]
+    if job in _DIRECTORY_JOBS and len(bare) > 1:
+        words[words.index(bare[1])] = f"output.dir={_as_text(bare[1])}"
     if parsed.multirun:
         words.append("hydra.mode=MULTIRUN")
     return Arguments(
@@ -72,11 +78,15 @@ def _quoted(word: str, groups: Collection[str]) -> str:
     """
     key, _, value = word.partition("=")
     if key in _TEXTS and value[:1] not in ("'", '"') and value != "null":
-        # In Hydra's quotes a backslash is itself, but before a quote.
-        escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
-        return f"{key}='{escaped}'"
+        return f"{key}={_as_text(value)}"
     is_name = key not in groups or not re.fullmatch(r"(?i)null|true|false|[\d.+-]+", value)
     return word if is_name else f"{key}='{value}'"
+
+
+def _as_text(value: str) -> str:
+    """In Hydra's quotes, where a backslash is itself, but before a quote."""
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
+    return f"'{escaped}'"
 
 
 def _with_custom_choices(words: list[str], rewards: Collection[str]) -> list[str]:

@@ -142,8 +142,22 @@ class OutputConfig:
     _partial_: bool = True
     dir: str = MISSING
     """Directory of the results; one that holds other results is refused."""
+    overwrite: bool = False
+    """Removes the results that the directory holds, and starts again."""
     shard_rows: int = 4096
     """Result rows in one part file."""
+    commit_seconds: float = 60.0
+    """A finished row waits this long at most until it is on disk for good."""
+    max_error_rate: float = 0.01
+    """Stops the run where more of its rows than this fail, from the 100th on; 1 never stops it."""
+    retry_errors: bool = False
+    """Does the rows with an error again; each stays until its replacement is committed."""
+    merge: bool = False
+    """Merges the results of a finished job in the order of its input, as `runner merge` does."""
+    merge_format: str = "arrow"
+    """Of the merged files: arrow, parquet or jsonl."""
+    merge_rows: int | None = None
+    """Result rows in one merged file; null makes one file."""
 
 
 @dataclass

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,30 +11,30 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from runner.data import Dataset, ResultWriter
+from runner.data import Dataset, ResultWriter, WriteBehind, read_ahead
+from runner.data.durable import replace_file, stopping
+from runner.data.merge import Merged, merge
 from runner.data.schemas import passthrough_names, result_schema
-from runner.errors import DataError, ParameterError, PromptError
+from runner.errors import ParameterError, StoppedError
 from runner.interrupt import Interrupt
 from runner.llm import LLM
+from runner.models.digest import model_digest
+from runner.models.hub import resolve_model
 from runner.progress import Progress
-from runner.prompts import PromptBuilder, prompt_digest
 from runner.report import print_report, summary
-from runner.types import (
-    Completion,
-    ErrorInfo,
-    Prompt,
-    PromptRequest,
-    RequestOutput,
-    SamplingParams,
-)
+from runner.rows import NamedRow, Row, RowNamer, are_done, check_ids, prompt_builder
+from runner.types import Completion, ErrorInfo, PromptRequest, RequestOutput, SamplingParams
 
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
 _DECIDING_GROUPS = ("job", "model", "data", "sampling", "reward")
 """The groups whose options decide results; those of `output` do not."""
 
 _DECIDING_ENGINE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size")
 """What of `engine` decides results as well."""
 
-Row = Mapping[str, Any]
+_NOT_DECIDING = ("model.path", "model.revision")
+"""Where the weights lie decides nothing: `model.weights`, their digest, stands for them."""
 
 
 class RunContext:
@@ -49,46 +49,76 @@ class RunContext:
         self.directory = Path(config.output.dir)
         self.params = _sampling_params(config)
         self.dataset: Dataset = instantiate(config.data)
-        self.prompts = _prompt_builder(self.dataset)
+        prompt_builder(self.dataset)  # Refuses options that no row could have a prompt with.
         self.writer: ResultWriter = instantiate(config.output)(
             schema=result_schema(self.dataset.schema), identity=_identity(config)
         )
         self._names = passthrough_names(self.dataset.columns)
-        self._seen: Counter[str] = Counter()
         self._in_flight: dict[str, Row] = {}
         self._interrupt = Interrupt()
         self._finished = False
+        self._summarized_rows = 0
+        self._fingerprint = self.dataset.fingerprint
 
     @property
     def complete(self) -> bool:
-        """Whether the directory holds all results already; says so."""
-        if self.writer.complete:
-            print(f"{self.directory} holds all {self.writer.num_rows} results already.")
-        return self.writer.complete
+        """Whether the directory holds all results already; says so.
+
+        Where the files of the input are not those of the run that completed it, they are read to
+        see whether a row has come.
+        """
+        if not self.writer.complete:
+            return False
+        is_same = self.writer.input == self._fingerprint
+        if not is_same and not are_done(self._rows(), self.writer.done_rows):
+            return False
+        print(f"{self.directory} holds all {self.writer.num_rows} results already.")
+        if self.writer.merge:
+            self._merge()
+        return True
 
     def __enter__(self) -> "RunContext":
-        options = _plain(self.config.model) | _plain(self.config.engine)
-        self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
-        self.llm.check(self.params)
-        self.writer.start()
-        (self.directory / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
+        self.writer.lock()
+        try:
+            if self.dataset.id_column is not None and self.dataset.is_local:
+                check_ids(self.dataset)
+            options = _plain(self.config.model) | _plain(self.config.engine)
+            self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
+            self.llm.check(self.params)
+            self._behind = WriteBehind(self.writer)
+            self._behind.start()
+            self._save(CONFIG_FILE, OmegaConf.to_yaml(self.config, resolve=True))
+        except BaseException:
+            self.writer.close(complete=False)
+            raise
         self._progress = Progress(self.dataset.num_rows, initial=len(self.writer.done_rows))
         self._started = time.monotonic()
         self._interrupt.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self.writer.close(complete=self._finished and error is None)
         self._progress.close()
-        self._interrupt.__exit__(kind, error, traceback)
+        # A second interrupt leaves at once: what is committed is whole, the rest is made again.
+        if kind is KeyboardInterrupt:
+            return
+        is_done = self._finished and error is None
+        try:
+            self._behind.close(complete=is_done, input=self._fingerprint if is_done else None)
+        finally:
+            self._interrupt.__exit__(kind, error, traceback)
         if error is None:
             self._report()
+        elif isinstance(error, StoppedError):
+            with suppress(StoppedError):
+                self._save_summary()
 
     def outputs(self) -> Iterator[tuple[Row, RequestOutput]]:
         """Runs every row that has no result yet; yields each with its input as it finishes."""
-        for output in self.llm.run(self._requests(), interrupted=self._interrupt.is_requested):
-            self._progress.update(output)
-            yield self._in_flight.pop(output.request_id), output
+        with closing(read_ahead(self._rows())) as rows:
+            requests = self._requests(rows)
+            for output in self.llm.run(requests, interrupted=self._interrupt.is_requested):
+                self._progress.update(output)
+                yield self._in_flight.pop(output.request_id), output
         self._finished = not self._interrupt.is_requested()
 
     def write(
@@ -111,60 +141,66 @@ class RunContext:
         }
         if output.error is not None:
             failed = {"sample_index": 0, "finish_reason": "error", "error": asdict(output.error)}
-            self.writer.write([shared | failed])
-            return
-        self.writer.write(
-            [
-                shared | sample_columns(sample) | dict((scores or {}).get(sample.index, {}))
-                for sample in output.outputs
-            ]
-        )
+            self._behind.write([shared | failed])
+        else:
+            self._behind.write(
+                [
+                    shared | sample_columns(sample) | dict((scores or {}).get(sample.index, {}))
+                    for sample in output.outputs
+                ]
+            )
+        if self.writer.num_rows != self._summarized_rows:
+            self._save_summary()
 
-    def _requests(self) -> Iterator[PromptRequest | RequestOutput]:
+    def _rows(self) -> RowNamer:
+        return RowNamer(self.dataset, self.params, are_unique=self.dataset.is_local)
+
+    def _requests(self, rows: Iterator[NamedRow]) -> Iterator[PromptRequest | RequestOutput]:
         """The rows that have no result yet; one without a usable prompt as its own output."""
-        for row in self.dataset:
-            prompt: Prompt | None = None
-            error: PromptError | None = None
-            try:
-                prompt = self.prompts(row)
-            except PromptError as failure:
-                error = failure
-            row_id = self._row_id(row, prompt)
+        for named in rows:
+            row_id = named.row_id
             if row_id in self.writer.done_rows:
                 continue
-            self._in_flight[row_id] = row
-            if prompt is None:
-                info = ErrorInfo(type(error).__name__, str(error))
+            self._in_flight[row_id] = named.row
+            if named.prompt is None:
+                info = ErrorInfo(type(named.error).__name__, str(named.error))
                 yield RequestOutput(request_id=row_id, prompt=None, prompt_token_ids=[], error=info)
             else:
                 yield PromptRequest(
-                    request_id=row_id, prompt=prompt, params=self.params, key=row_id
+                    request_id=row_id, prompt=named.prompt, params=self.params, key=named.key
                 )
 
-    def _row_id(self, row: Row, prompt: Prompt | None) -> str:
-        """The value of the id column, or the digest of the prompt and its occurrence number.
+    def _save(self, name: str, text: str) -> None:
+        with stopping(self.directory):
+            replace_file(self.directory / name, lambda file: _write(file, text))
 
-        Never the row's place, so that its random draws and its results stay its own when rows are
-        added, removed or reordered.
-        """
-        column = self.dataset.id_column
-        if column is None:
-            content = prompt or Prompt(text=json.dumps(row, sort_keys=True, default=str))
-            name = prompt_digest(content)
-            self._seen[name] += 1
-            return f"{name}-{self._seen[name] - 1}"
-        name = str(row[column])
-        if row[column] is None or self._seen[name]:
-            raise DataError(f"id_column={column}: {row[column]!r} does not name one row alone")
-        self._seen[name] += 1
-        return name
+    def _save_summary(self) -> dict[str, Any]:
+        self._summarized_rows = self.writer.num_rows
+        seconds = time.monotonic() - self._started
+        numbers = summary(self.writer, self.llm, total=self.dataset.num_rows, seconds=seconds)
+        self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
+        return numbers
 
     def _report(self) -> None:
-        seconds = time.monotonic() - self._started
-        numbers = summary(self.directory, self.writer, self.llm, seconds=seconds)
-        (self.directory / "summary.json").write_text(json.dumps(numbers, indent=2) + "\n")
-        print_report(numbers, self.directory)
+        print_report(self._save_summary(), self.directory)
+        if self._finished and self.writer.merge:
+            self._merge()
         self._interrupt.exit_if_requested()
+
+    def _merge(self) -> None:
+        row_ids = (row.row_id for row in self._rows())
+        print_merged(merge(self.directory, row_ids, self.writer.merge_format))
+
+
+def print_merged(merged: Merged) -> None:
+    """Says in one line what a merge wrote, and what it did not."""
+    missing = f"; {merged.missing} rows have no result yet" if merged.missing else ""
+    gone = f"; left out {merged.left_out} that the input no longer has" if merged.left_out else ""
+    print(f"Merged {merged.rows} rows into {merged.paths[0].parent}{missing}{gone}.")
+
+
+def _write(file: Any, text: str) -> None:
+    file.write(text.encode())
 
 
 def sample_columns(sample: Completion) -> dict[str, Any]:
@@ -198,22 +234,13 @@ def _sampling_params(config: DictConfig) -> SamplingParams:
     return params
 
 
-def _prompt_builder(dataset: Dataset) -> PromptBuilder:
-    return PromptBuilder(
-        prompt_column=dataset.prompt_column,
-        messages_column=dataset.messages_column,
-        token_ids_column=dataset.token_ids_column,
-        template=dataset.prompt_template,
-        chat=dataset.chat,
-        system_prompt=dataset.system_prompt,
-        chat_template_kwargs=dataset.chat_template_kwargs,
-    )
-
-
 def _identity(config: DictConfig) -> dict[str, Any]:
     """The options that decide results, flat: `sampling.temperature` and so on."""
     groups = {name: _plain(config[name]) for name in _DECIDING_GROUPS if config[name] is not None}
     groups["engine"] = {name: config.engine[name] for name in _DECIDING_ENGINE_OPTIONS}
-    return {
+    options = {
         f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()
     }
+    found = resolve_model(config.model.path, revision=config.model.revision)
+    weights = {"model.weights": model_digest(found)}
+    return {key: options[key] for key in options if key not in _NOT_DECIDING} | weights

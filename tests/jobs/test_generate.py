@@ -42,7 +42,7 @@ def test_the_directory_holds_rows_manifest_summary_and_config(place):
     printed = generate(place, "data.prompt_column=question", *SHORT)
     out = place / "out"
     assert sorted(p.name for p in out.iterdir()) == [
-        "config.yaml", "manifest.json", "part-00000.arrow", "summary.json",
+        "config.yaml", "manifest.jsonl", "part-00000.arrow", "summary.json",
     ]  # fmt: skip
     rows = results(out)
     assert rows.height == 6
@@ -53,7 +53,8 @@ def test_the_directory_holds_rows_manifest_summary_and_config(place):
     assert rows["completion_token_ids"].list.len().to_list() == [6] * 6
     assert rows["logprobs"].list.len().to_list() == rows["raw_logprobs"].list.len().to_list()
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["rows"] == summary["samples"] == 6 and summary["complete"]
+    assert summary["rows"] == summary["samples"] == summary["total_rows"] == 6
+    assert summary["complete"]
     assert summary["completion_tokens"] == summary["run"]["completion_tokens"] == 36
     assert summary["finish_reasons"] == {"length": 6} and summary["errors"] == {}
     assert summary["blas"] and summary["versions"]["mlx"] and summary["reward"] is None
@@ -191,18 +192,15 @@ def test_limit_offset_and_id_column_choose_and_name_rows(place):
     assert results(place / "out")["row_id"].to_list() == ["1", "2"]
 
 
-def test_an_id_that_names_two_rows_ends_the_run_and_keeps_what_is_done(place):
+def test_an_id_that_names_two_rows_is_refused_before_the_model_is_loaded(place):
     rows = [{"id": name, "prompt": f"row {i}"} for i, name in enumerate([*"abcdefghijkl", "a"])]
     write_jsonl(place / "ids.jsonl", rows)
-    done = run_cli(
+    line = refused(
         "generate", "model.path=tiny", "data.path=ids.jsonl", "data.id_column=id",
-        "engine.max_batch_size=1", "output.dir=out", *SHORT, cwd=place,
+        "model.dtype=bfloat16", "output.dir=out", *SHORT, cwd=place,
     )  # fmt: skip
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == "error: id_column=id: 'a' does not name one row alone"
-    assert "a" in set(results(place / "out")["row_id"])
-    assert not json.loads((place / "out" / "manifest.json").read_text())["complete"]
+    assert line == "error: id_column=id: 'a' names rows 1, 13; give each row its own"
+    assert not (place / "out").exists()
 
 
 def test_a_repeated_prompt_is_two_rows_with_draws_of_their_own(place):
