@@ -167,6 +167,14 @@ class Logprob:
     decoded_token: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """Why a row could not be done, as it stands in the `error` column."""
+
+    type: str
+    message: str
+
+
 @dataclass(slots=True, kw_only=True)
 class Completion:
     """One finished sample of a request."""
@@ -187,19 +195,13 @@ class Completion:
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended the row; None for end of sequence and length."""
     text: str = ""
+    error: ErrorInfo | None = None
+    """Why, where `finish_reason` is error."""
 
     @property
     def cumulative_logprob(self) -> float:
         """Sum of `raw_logprobs`."""
         return sum(self.raw_logprobs)
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorInfo:
-    """Why a row could not be done, as it stands in the `error` column."""
-
-    type: str
-    message: str
 
 
 @dataclass(slots=True, kw_only=True)

@@ -36,6 +36,11 @@ class KVKind:
         """False: a token's key and value do not change with what comes after it."""
         return False
 
+    def nbytes(self, num_columns: int) -> int:
+        """Bytes of one slot with that many columns."""
+        (key_heads, key_dim), (value_heads, value_dim) = self.key_shape, self.value_shape
+        return num_columns * (key_heads * key_dim + value_heads * value_dim) * self.dtype.size
+
     def prompt_cache(self, num_prompts: int, max_length: int) -> "PromptKVCache":
         """An empty cache of prompts in prefill."""
         return PromptKVCache(self, num_prompts, max_length)
@@ -153,10 +158,12 @@ class RowKVCache:
 
     def reserve(self, num_rows: int, num_columns: int) -> None:
         """Makes room for rows and columns; what is there stays where it is."""
-        old, (self.keys, self.values) = self.arrays, self._kind.zeros(num_rows, num_columns)
-        rows, _, columns, _ = old[0].shape
+        (keys, values), (rows, _, columns, _) = self.arrays, self.keys.shape
+        kept = min(columns, num_columns)
+        self.keys, self.values = self._kind.zeros(num_rows, num_columns)
         if rows:
-            self.keys[:rows, :, :columns], self.values[:rows, :, :columns] = old
+            self.keys[:rows, :, :kept] = keys[:, :, :kept]
+            self.values[:rows, :, :kept] = values[:, :, :kept]
 
     def begin_step(self, offset: mx.array, num_columns: int) -> None:
         """Sets each slot's column, (B,) int32, for the next forward, and the columns in use."""

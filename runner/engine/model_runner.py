@@ -1,11 +1,12 @@
 """Forwards: prompts into caches of their own, then all rows of the batch together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from runner.engine.attention import fold_decode_attention
 from runner.engine.layer_cache import PromptCache
@@ -64,12 +65,8 @@ class ReadyPrompt:
     caches: list[PromptCache]
     row: int
     """Where the prompt stands in its prefill."""
-    num_started: int = 0
-
-    @property
-    def num_left(self) -> int:
-        """Samples that have not started."""
-        return self.request.params.n - self.num_started
+    indices: list[int] = field(default_factory=list)
+    """The samples that have not started."""
 
     @property
     def num_cached(self) -> int:
@@ -85,12 +82,12 @@ class ModelRunner:
     ) -> None:
         self._model = model
         fold_decode_attention(model)
-        self._kinds, self.vocab_size = layer_kinds(model)
-        self._is_recurrent = any(kind.is_recurrent for kind in self._kinds)
+        self.kinds, self.vocab_size = layer_kinds(model)
+        self.is_recurrent = any(kind.is_recurrent for kind in self.kinds)
         self._prefill_step_size = prefill_step_size
-        self.caches = RowCaches(self._kinds)
+        self.caches = RowCaches(self.kinds)
         self._prefix_cache = PrefixCache(
-            max_bytes=prefix_cache_bytes, whole_entries=self._is_recurrent
+            max_bytes=prefix_cache_bytes, whole_entries=self.is_recurrent
         )
 
     def start_prefill(self, requests: list[Request]) -> Prefill:
@@ -99,7 +96,7 @@ class ModelRunner:
         padded = np.zeros((len(requests), max(lengths)), np.int32)
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             padded[row, :length] = request.prompt_token_ids[:length]
-        caches = [kind.prompt_cache(*padded.shape) for kind in self._kinds]
+        caches = [kind.prompt_cache(*padded.shape) for kind in self.kinds]
         prefill = Prefill(requests, caches, mx.array(padded))
         if found := self._prefix_cache.find([r.prompt_token_ids[:-1] for r in requests]):
             entry, prefill.num_cached = found
@@ -117,7 +114,7 @@ class ModelRunner:
         size = min(prefill.num_left, max(1, self._prefill_step_size // num_prompts))
         if size == 0:
             return 0
-        if self._is_recurrent:
+        if self.is_recurrent:
             size = min(size, prefill.num_to_next_end)
         end = prefill.num_done + size
         self._model(prefill.token_ids[:, prefill.num_done : end], cache=prefill.caches)
@@ -137,13 +134,25 @@ class ModelRunner:
             self._prefix_cache.add(token_ids, pasts)
         return [ReadyPrompt(r, prefill.caches, row) for row, r in enumerate(prefill.requests)]
 
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the model's parameters."""
+        return sum(array.nbytes for _, array in tree_flatten(self._model.parameters()))
+
     def clear_prefix_cache(self) -> None:
         """Forgets the prompts of before."""
         self._prefix_cache.clear()
 
-    def reserve(self, num_rows: int, num_columns: int) -> None:
-        """Makes room in the row slots."""
-        self.caches.reserve(num_rows, num_columns)
+    def drop_caches(self) -> None:
+        """Gives back the memory of everything but the weights; all rows are gone."""
+        self._prefix_cache.clear()
+        self.caches = RowCaches(self.kinds)
+        mx.synchronize()
+        mx.clear_cache()
+
+    def reserve(self, num_rows: int, num_columns: int, most_columns: int) -> None:
+        """Makes room in the row slots, of which none will need more than `most_columns`."""
+        self.caches.reserve(num_rows, num_columns, most_columns)
 
     def fork(self, prompt: ReadyPrompt, rows: Sequence[int]) -> None:
         """Copies a prompt's past into row slots, also an empty one: a slot may hold a state."""

@@ -1,0 +1,52 @@
+"""Which sampling parameters an engine can follow."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from runner.errors import ParameterError
+from runner.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParamsCheck:
+    """What the options of a request are checked against."""
+
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    has_decode: bool
+    has_limit: bool
+    """Whether the context is limited."""
+
+    def __call__(
+        self, params: SamplingParams, bad_words_token_ids: Collection[Collection[int]]
+    ) -> None:
+        """Raises ParameterError, as `Engine.check_params` says."""
+        if params.stop and not self.has_decode:
+            raise ParameterError("stop strings need an engine that was given `decode`")
+        if params.max_tokens is None and not self.has_limit:
+            raise ParameterError("max_tokens=None needs an engine that was given max_model_len")
+        if params.bad_words and not bad_words_token_ids:
+            raise ParameterError("bad_words need a request that has bad_words_token_ids")
+        for name, token_ids in (
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias or ()),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            *(("bad_words", word) for word in bad_words_token_ids),
+        ):
+            self._check_token_ids(name, token_ids)
+        never = {next(iter(word)) for word in bad_words_token_ids if len(word) == 1}
+        if params.min_tokens > 0:
+            never |= self.eos_token_ids | set(params.stop_token_ids)
+        if params.allowed_token_ids and never.issuperset(params.allowed_token_ids):
+            what = "what bad_words and min_tokens leave of it is empty"
+            raise ParameterError(f"allowed_token_ids={params.allowed_token_ids}: {what}")
+
+    def _check_token_ids(self, name: str, token_ids: Collection[int]) -> None:
+        size = self.vocab_size
+        if name == "bad_words" and not token_ids:
+            raise ParameterError("bad_words holds a word without tokens")
+        for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
+            if not 0 <= token_id < size:
+                raise ParameterError(
+                    f"{name} has the token id {token_id}; the vocabulary has 0 to {size - 1}"
+                )
