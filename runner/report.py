@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ def summary(directory: Path, writer: ResultWriter, llm: LLM, *, seconds: float) 
             "tokens_per_second": stats.num_completion_tokens / seconds,
             "rows_per_hour": stats.num_requests / seconds * 3600,
             "batch_occupancy": stats.occupancy,
+            "max_batch_size": llm.engine.max_batch_size,
+            "max_batch_size_auto": _auto(llm),
+            "batch_halvings": stats.num_halvings,
+            "memory_budget_bytes": llm.engine.memory.num_bytes,
             "peak_memory_bytes": _peak_memory(),
             "peak_mlx_memory_bytes": mx.get_peak_memory(),
         },
@@ -43,6 +48,11 @@ def summary(directory: Path, writer: ResultWriter, llm: LLM, *, seconds: float) 
         "blas": llm.loaded.blas.name,
         "versions": {"mlx-runner": __version__} | {name: version(name) for name in _PACKAGES},
     }
+
+
+def _auto(llm: LLM) -> dict[str, Any] | None:
+    """What max_batch_size=auto chose and why; None where a number was given."""
+    return None if llm.batch_size_choice is None else asdict(llm.batch_size_choice)
 
 
 def _peak_memory() -> int:
@@ -65,6 +75,8 @@ def print_report(numbers: dict[str, Any], directory: Path) -> None:
         "BLAS": numbers["blas"],
         "memory": f"{run['peak_memory_bytes'] / 2**30:.2f} GiB at most",
     }
+    if run["batch_halvings"]:
+        lines["batch"] = f"{run['max_batch_size']} rows in the end: memory ran out before"
     if reward is not None:
         lines["reward"] = f"{reward['mean']:.3f} ± {reward['std']:.3f}"
     print()

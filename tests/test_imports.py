@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config"},
-    {"engine", "models", "data", "rewards", "prompts", "progress", "interrupt"},
+    {"engine", "models", "data", "rewards", "prompts", "progress", "interrupt", "device_memory"},
+    {"batch_size"},
     {"llm"},
     {"report", "server"},
     {"job"},
