@@ -11,10 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from runner.models.load import LoadedModel  # First: it loads the BLAS, then mlx.
+
+# isort: split
 import mlx.core as mx
 
 from runner.engine.engine import Engine
-from runner.models.load import LoadedModel
 from runner.types import Request, SamplingParams
 
 SIZES = tuple(2**power for power in range(11))

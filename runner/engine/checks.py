@@ -7,6 +7,13 @@ from runner.errors import ParameterError
 from runner.types import SamplingParams
 
 
+def check_at_least(least: int, **sizes: int | None) -> None:
+    """Raises ParameterError where one of the options, by name, is below `least`."""
+    for name, size in sizes.items():
+        if size is not None and size < least:
+            raise ParameterError(f"{name}={size} is not allowed: at least {least}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamsCheck:
     """What the options of a request are checked against."""

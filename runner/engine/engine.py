@@ -7,8 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from runner.engine.batch import Batch, InFlight
-from runner.engine.checks import ParamsCheck
-from runner.engine.memory import MemoryBudget
+from runner.engine.checks import ParamsCheck, check_at_least
 from runner.engine.model_runner import ModelRunner, Prefill, ReadyPrompt
 from runner.engine.recovery import (
     Unfinished,
@@ -50,12 +49,11 @@ class Engine:
         Args:
             model: maps (B, L) token ids and a list of caches to (B, L, V) logits.
             max_batch_size: rows decoded together.
-            prefill_step_size: prompt tokens, pads included, forwarded at once.
+            prefill_step_size: prompt tokens, pads included, forwarded or prefilled together.
             prefix_cache_bytes: keys, values and states kept for prompts that begin like an earlier
                 one; 0 keeps none.
             max_model_len: tokens of prompt and completion together; None for no limit.
-            memory_budget: bytes that weights, caches and forwards may take together; None for no
-                limit. Fewer rows run together where their length asks for it.
+            memory_budget: bytes for weights, caches and forwards together; None for no limit.
             order: in which requests are taken, as `Scheduler` says.
             eos_token_ids: tokens that end every row that does not set `ignore_eos`.
             decode: token ids -> text; needed for stop strings alone.
@@ -65,31 +63,17 @@ class Engine:
                 is one of those that are wrong in a padded batch.
             ParameterError: a size is below 1, or the memory budget holds no row.
         """
-        for name, size, least in (
-            ("max_batch_size", max_batch_size, 1),
-            ("prefill_step_size", prefill_step_size, 1),
-            ("prefix_cache_bytes", prefix_cache_bytes, 0),
-            ("max_model_len", 1 if max_model_len is None else max_model_len, 1),
-            ("memory_budget", 1 if memory_budget is None else memory_budget, 1),
-        ):
-            if size < least:
-                raise ParameterError(f"{name}={size} is not allowed: at least {least}")
-        self.max_batch_size = max_batch_size
-        self.max_model_len = max_model_len
+        check_at_least(1, max_batch_size=max_batch_size, prefill_step_size=prefill_step_size)
+        check_at_least(1, max_model_len=max_model_len, memory_budget=memory_budget)
+        check_at_least(0, prefix_cache_bytes=prefix_cache_bytes)
+        self.max_batch_size, self.max_model_len = max_batch_size, max_model_len
         self.stats = EngineStats()
-        self._decode = decode
         self._runner = ModelRunner(
             model, prefill_step_size=prefill_step_size, prefix_cache_bytes=prefix_cache_bytes
         )
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
         self._eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
-        self.memory = MemoryBudget(
-            num_bytes=memory_budget,
-            kinds=self._runner.kinds,
-            weights_bytes=self._runner.weights_bytes,
-            prefix_cache_bytes=prefix_cache_bytes,
-            prefill_step_size=prefill_step_size,
-        )
+        self.memory = self._runner.memory_budget(memory_budget)
         self._scheduler = Scheduler(
             max_batch_size=max_batch_size,
             prefill_step_size=prefill_step_size,
@@ -103,6 +87,7 @@ class Engine:
             has_decode=decode is not None,
             has_limit=max_model_len is not None,
         )
+        self._decode = decode
         self._started_over: dict[str, list[int]] = {}
         self._clear()
         self._aborting: set[str] = set()

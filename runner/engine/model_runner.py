@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from runner.engine.attention import fold_decode_attention
 from runner.engine.layer_cache import PromptCache
 from runner.engine.layer_kinds import layer_kinds
+from runner.engine.memory import MemoryBudget
 from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row_caches import RowCaches
 from runner.types import Request
@@ -85,6 +86,7 @@ class ModelRunner:
         self.kinds, self.vocab_size = layer_kinds(model)
         self.is_recurrent = any(kind.is_recurrent for kind in self.kinds)
         self._prefill_step_size = prefill_step_size
+        self._prefix_cache_bytes = prefix_cache_bytes
         self.caches = RowCaches(self.kinds)
         self._prefix_cache = PrefixCache(
             max_bytes=prefix_cache_bytes, whole_entries=self.is_recurrent
@@ -131,13 +133,21 @@ class ModelRunner:
                 tuple(mx.contiguous(array) for array in cache.past(row, len(token_ids)))
                 for cache in prefill.caches
             ]
+            # Now: until it is made, the copy holds on to the whole prefill.
+            mx.async_eval(pasts)  # type: ignore[no-untyped-call]
             self._prefix_cache.add(token_ids, pasts)
         return [ReadyPrompt(r, prefill.caches, row) for row, r in enumerate(prefill.requests)]
 
-    @property
-    def weights_bytes(self) -> int:
-        """Bytes of the model's parameters."""
-        return sum(array.nbytes for _, array in tree_flatten(self._model.parameters()))
+    def memory_budget(self, num_bytes: int | None) -> MemoryBudget:
+        """What a run with this model may take, of `num_bytes` in all."""
+        parameters = tree_flatten(self._model.parameters())
+        return MemoryBudget(
+            num_bytes=num_bytes,
+            kinds=self.kinds,
+            weights_bytes=sum(array.nbytes for _, array in parameters),
+            prefix_cache_bytes=self._prefix_cache_bytes,
+            prefill_step_size=self._prefill_step_size,
+        )
 
     def clear_prefix_cache(self) -> None:
         """Forgets the prompts of before."""
