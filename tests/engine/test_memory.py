@@ -216,7 +216,7 @@ def test_a_kept_prompt_keeps_no_more_than_its_own_columns():
     lengths = [*[200] * 7, 111]
     run(engine, [request([3 + i] * n, f"r{i}", max_tokens=1) for i, n in enumerate(lengths)])
     kept = engine._runner.caches.nbytes + engine._runner._prefix_cache.nbytes
-    assert 110 * 2**11 <= kept
+    assert kept >= 110 * 2**11
     assert mx.get_active_memory() - before <= kept + 2**18
 
 
