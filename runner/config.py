@@ -35,7 +35,8 @@ class EngineConfig:
     """Bytes that weights, caches and forwards may take together, also written 8GiB or 500MB; fewer
     rows run at once where they are long. null takes a share of what the device has."""
     prefill_step_size: int = 2048
-    """Prompt tokens, pads included, forwarded at once; prompts prefilled together have no more."""
+    """Prompt tokens, pads included, forwarded at once; prompts prefilled together have no more
+    of them, or 512 where that is more."""
     prefix_cache_bytes: int = 268435456
     """Keys and values kept for prompts that begin like an earlier one; 0 keeps none."""
 

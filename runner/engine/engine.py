@@ -49,7 +49,7 @@ class Engine:
         Args:
             model: maps (B, L) token ids and a list of caches to (B, L, V) logits.
             max_batch_size: rows decoded together.
-            prefill_step_size: prompt tokens, pads included, forwarded or prefilled together.
+            prefill_step_size: prompt tokens, pads included, forwarded at once.
             prefix_cache_bytes: keys, values and states kept for prompts that begin like an earlier
                 one; 0 keeps none.
             max_model_len: tokens of prompt and completion together; None for no limit.
@@ -76,7 +76,7 @@ class Engine:
         self.memory = self._runner.memory_budget(memory_budget)
         self._scheduler = Scheduler(
             max_batch_size=max_batch_size,
-            prefill_step_size=prefill_step_size,
+            max_prefill_tokens=self._runner.max_prefill_tokens,
             order=order,
             max_model_len=max_model_len,
             shares_prefixes=prefix_cache_bytes > 0 and not self._runner.is_recurrent,

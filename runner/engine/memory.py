@@ -31,7 +31,7 @@ class MemoryBudget:
     kinds: Sequence[LayerKind]
     weights_bytes: int
     prefix_cache_bytes: int
-    prefill_step_size: int
+    max_prefill_tokens: int
     _known: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class MemoryBudget:
 
     def batch_bytes(self, num_rows: int, num_columns: int) -> int:
         """Bytes of a run whose longest row has `num_columns`, weights and workspace included."""
-        prefill_columns = max(num_columns, min(self.prefill_step_size, num_rows * num_columns))
+        prefill_columns = max(num_columns, min(self.max_prefill_tokens, num_rows * num_columns))
         caches = num_rows * self.slot_bytes(num_columns)
         prefill = self.slot_bytes(prefill_columns) + num_rows * self.slot_bytes(0)
         kept = self.weights_bytes + self.prefix_cache_bytes

@@ -16,6 +16,9 @@ from runner.engine.prefix_cache import PrefixCache
 from runner.engine.row_caches import RowCaches
 from runner.types import Request
 
+_MIN_TOGETHER = 512
+"""Tokens of prompts that are prefilled together however small the chunks are."""
+
 
 @dataclass(slots=True)
 class Prefill:
@@ -138,6 +141,11 @@ class ModelRunner:
             self._prefix_cache.add(token_ids, pasts)
         return [ReadyPrompt(r, prefill.caches, row) for row, r in enumerate(prefill.requests)]
 
+    @property
+    def max_prefill_tokens(self) -> int:
+        """Tokens, pads included, of prompts that are prefilled together."""
+        return max(self._prefill_step_size, _MIN_TOGETHER)
+
     def memory_budget(self, num_bytes: int | None) -> MemoryBudget:
         """What a run with this model may take, of `num_bytes` in all."""
         parameters = tree_flatten(self._model.parameters())
@@ -146,7 +154,7 @@ class ModelRunner:
             kinds=self.kinds,
             weights_bytes=sum(array.nbytes for _, array in parameters),
             prefix_cache_bytes=self._prefix_cache_bytes,
-            prefill_step_size=self._prefill_step_size,
+            max_prefill_tokens=self.max_prefill_tokens,
         )
 
     def clear_prefix_cache(self) -> None:

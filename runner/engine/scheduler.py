@@ -46,7 +46,7 @@ class Scheduler:
         self,
         *,
         max_batch_size: int,
-        prefill_step_size: int,
+        max_prefill_tokens: int,
         order: Order = "offline",
         max_model_len: int | None = None,
         shares_prefixes: bool = True,
@@ -55,7 +55,7 @@ class Scheduler:
         if order not in get_args(Order):
             raise ParameterError(f"order={order!r} is not allowed: {', '.join(get_args(Order))}")
         self.max_batch_size = max_batch_size
-        self._prefill_step_size = prefill_step_size
+        self._max_prefill_tokens = max_prefill_tokens
         self._order = order
         self._max_model_len = max_model_len
         self._shares_prefixes = shares_prefixes
@@ -174,7 +174,7 @@ class Scheduler:
         longest = max(len(entry.token_ids) for entry in entries)
         forwarded = [len(entry.token_ids) - shared for entry in entries]
         padding = max(forwarded) * len(forwarded) / max(1, sum(forwarded))
-        return padding <= _MAX_PADDING and longest * len(entries) <= self._prefill_step_size
+        return padding <= _MAX_PADDING and longest * len(entries) <= self._max_prefill_tokens
 
 
 def _num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:

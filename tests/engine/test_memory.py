@@ -23,13 +23,13 @@ STATE = StateKind(((3, 2), (5,)), (mx.float32, mx.float16))
 FREE = {"ignore_eos": True, "temperature": 1.5}
 
 
-def budget(num_bytes: int | None, *kinds: LayerKind, prefill_step_size: int = 32) -> MemoryBudget:
+def budget(num_bytes: int | None, *kinds: LayerKind, max_prefill_tokens: int = 32) -> MemoryBudget:
     return MemoryBudget(
         num_bytes=num_bytes,
         kinds=kinds or [KVKind((1, 1), (1, 1), mx.float32)],
         weights_bytes=1000,
         prefix_cache_bytes=500,
-        prefill_step_size=prefill_step_size,
+        max_prefill_tokens=max_prefill_tokens,
     )
 
 
@@ -39,7 +39,7 @@ def bytes_for(num_rows: int, num_columns: int, prefill_columns: int) -> int:
 
 
 def small_engine(num_rows: int, num_columns: int, **options) -> Engine:
-    memory = bytes_for(num_rows, num_columns, max(32, num_columns))
+    memory = bytes_for(num_rows, num_columns, min(512, num_rows * num_columns))
     options = {"prefix_cache_bytes": 0, "prefill_step_size": 32, "memory_budget": memory} | options
     return make_engine(MODEL, **options)
 
@@ -72,7 +72,7 @@ def test_the_cost_is_the_longest_row_for_every_row_and_a_fifth_more():
     made = budget(10**6)
     # 8 bytes a column; the prefill takes 32 columns beside the rows, or one whole prompt.
     assert made.batch_bytes(4, 64) == int((1500 + 8 * (4 * 64 + 64)) * 1.2)
-    assert budget(10**6, prefill_step_size=128).batch_bytes(4, 64) == int(
+    assert budget(10**6, max_prefill_tokens=128).batch_bytes(4, 64) == int(
         (1500 + 8 * (4 * 64 + 128)) * 1.2
     )
 
@@ -122,7 +122,7 @@ def test_rows_are_as_many_as_the_longest_of_them_allows():
     assert most_rows_and_columns(small_engine(8, 32), short)[0] == 8
     long = request([7] * 60, "long", max_tokens=60, **FREE)
     rows, columns = most_rows_and_columns(small_engine(2, 128), [*short, long])
-    assert (rows, columns) == (7, 128), "eight rows of 32 columns cost more beside a prefill"
+    assert (rows, columns) == (7, 128), "two short ones end beside the long one, and seven are left"
 
 
 @settings(max_examples=20)

@@ -9,7 +9,7 @@ HEADER = list(range(3, 43))
 
 def scheduler(*shapes: tuple[int, int], max_batch_size: int = 8) -> Scheduler:
     """Requests r0, r1, … of (prompt length, n)."""
-    made = Scheduler(max_batch_size=max_batch_size, prefill_step_size=2048, order="fcfs")
+    made = Scheduler(max_batch_size=max_batch_size, max_prefill_tokens=2048, order="fcfs")
     for index, (length, n) in enumerate(shapes):
         made.add(request([5] * length, f"r{index}", n=n))
     return made
@@ -65,8 +65,10 @@ def test_remove_takes_out_one_that_waits():
     assert names(made.next_prompts(rows(8))) == ["r1"]
 
 
-def offline(*requests, max_batch_size: int = 8, prefill_step_size: int = 2048, **options):
-    made = Scheduler(max_batch_size=max_batch_size, prefill_step_size=prefill_step_size, **options)
+def offline(*requests, max_batch_size: int = 8, max_prefill_tokens: int = 2048, **options):
+    made = Scheduler(
+        max_batch_size=max_batch_size, max_prefill_tokens=max_prefill_tokens, **options
+    )
     for each in requests:
         made.add(each)
     return made
@@ -104,9 +106,9 @@ def test_a_prompt_that_is_too_long_for_the_batch_leaves_its_place_to_the_next():
 
 
 def test_prompts_prefilled_together_hold_one_prefill_step():
-    made = offline(*[request([i] * 10, f"{i}") for i in range(3, 10)], prefill_step_size=30)
+    made = offline(*[request([i] * 10, f"{i}") for i in range(3, 10)], max_prefill_tokens=30)
     assert [len(batch) for batch in admitted(made, free_rows=8)] == [3, 3, 1]
-    assert admitted(offline(request([5] * 99, "long"), prefill_step_size=30)) == [["long"]]
+    assert admitted(offline(request([5] * 99, "long"), max_prefill_tokens=30)) == [["long"]]
 
 
 def test_a_shared_header_goes_ahead_once_and_the_others_together():
