@@ -9,7 +9,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config"},
-    {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"},
+    {
+        "engine",
+        "models",
+        "data",
+        "rewards",
+        "prompts",
+        "scores",
+        "progress",
+        "interrupt",
+        "device_memory",
+    },
+    {"batch_size"},
     {"llm"},
     {"report", "rows", "server"},
     {"job"},
