@@ -30,8 +30,10 @@ SUMMARY_FILE = "summary.json"
 _DECIDING_GROUPS = ("job", "model", "data", "sampling", "reward")
 """The groups whose options decide results; those of `output` do not."""
 
-_DECIDING_ENGINE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size")
-"""What of `engine` decides results as well."""
+_DECIDING_ENGINE_OPTIONS = (
+    "kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "batch_invariant"
+)  # fmt: skip
+"""What of `engine` decides results as well; the last one, their last bits."""
 
 _NOT_DECIDING = ("model.path", "model.revision")
 """Where the weights lie decides nothing: `model.weights`, their digest, stands for them."""
