@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NoReturn
 
 from runner.errors import UsageError
@@ -24,6 +25,8 @@ class Arguments:
     """What Hydra is to override, the job included."""
     flags: list[str]
     """Flags that go to Hydra as they are."""
+    place: str | None = None
+    """What a job works on that takes it as a bare word; None for a job that takes none."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,33 +48,53 @@ def _parser() -> _Parser:
     return parser
 
 
-def parse_arguments(argv: list[str], groups: Mapping[str, Collection[str]]) -> Arguments:
-    """Reads a command line, flags and words in any order; `groups` has the choices of each group.
+def parse_arguments(
+    argv: list[str],
+    groups: Mapping[str, Collection[str]],
+    positional: Mapping[str, str] = MappingProxyType({}),
+) -> Arguments:
+    """Reads a command line, flags and words in any order.
 
-    Raises UsageError on an unknown flag.
+    `groups` has the choices of each group, `positional` the option of each job that is given as a
+    bare word after the job. Raises UsageError on an unknown flag.
     """
     parsed = _parser().parse_intermixed_args(argv)
-    job = next((word for word in parsed.words if "=" not in word and word[0] != "~"), None)
+    bare = [word for word in parsed.words if "=" not in word and word[:1] != "~"]
+    job = next(iter(bare), None)
     words = [f"job={job}" if word is job else word for word in parsed.words]
+    place = None
+    if option := positional.get(job or ""):
+        words = [f"{option}={word}" if word in bare[1:2] else word for word in words]
+        place = _value(option, words)
     if parsed.multirun:
         words.append("hydra.mode=MULTIRUN")
+    texts = {*_TEXTS, option} if option else set(_TEXTS)
+    quoted = [_quoted(word, groups, texts) for word in words]
     return Arguments(
         help=parsed.help,
         version=parsed.version,
         job=job,
-        overrides=_with_custom_choices([_quoted(word, groups) for word in words], groups["reward"]),
+        overrides=_with_custom_choices(quoted, groups["reward"]),
         flags=_hydra_flags(parsed),
+        place=place,
     )
 
 
-def _quoted(word: str, groups: Collection[str]) -> str:
+def _value(option: str, words: list[str]) -> str:
+    """The value that an option has in the end, empty where it has none."""
+    given = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+    return given[-1] if given else ""
+
+
+def _quoted(word: str, groups: Collection[str], texts: Collection[str]) -> str:
     """Makes a string of what Hydra would read as something else.
 
     `reward=null` and `sampling=5` name choices; `data.prompt_template={{ question }}, please` is a
-    text, unless it comes in quotes of its own, as the texts of a sweep do.
+    text, unless it comes in quotes of its own, as the texts of a sweep do. `texts` are the options
+    of the latter kind.
     """
     key, _, value = word.partition("=")
-    if key in _TEXTS and value[:1] not in ("'", '"') and value != "null":
+    if key in texts and value[:1] not in ("'", '"') and value != "null":
         # In Hydra's quotes a backslash is itself, but before a quote.
         escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
         return f"{key}='{escaped}'"

@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config"},
-    {"engine", "models", "data", "rewards", "prompts", "progress", "interrupt"},
-    {"llm"},
+    {"engine", "models", "data", "rewards", "prompts", "progress", "interrupt"}
+    | {"overrides", "run_log", "trackers"},
+    {"llm", "openai", "status", "watch"},
     {"report", "server"},
     {"job"},
     {"jobs"},

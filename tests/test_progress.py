@@ -24,13 +24,13 @@ def test_shows_rows_speed_and_errors(capsys: pytest.CaptureFixture[str]) -> None
         progress.update(output(50))
         progress.update(output(0, ErrorInfo("PromptError", "no tokens")))
     shown = capsys.readouterr().err
-    assert "3/3" in shown and "tok/s" in shown and "1 errors" in shown
+    assert "3/3" in shown and "tok/s" in shown and "1 error" in shown
 
 
 def test_an_unknown_number_of_rows_is_counted_up(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(None) as progress:
         progress.update(output(5))
-    assert "1row" in capsys.readouterr().err
+    assert "1 rows" in capsys.readouterr().err
 
 
 def test_off_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,89 @@
+"""A file of lines that is only ever appended to, by one process at a time."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from runner.errors import OutputError
+
+
+class LineLog:
+    """Lines of which every committed one stays, whatever happens to the process or the machine.
+
+    A line counts once it is whole. What a killed process left of a line, or a machine that went
+    down left of lines that were not committed, is not read and is cut off before the next append.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+        self._num_whole = 0
+        """Bytes of the whole lines that `read` saw."""
+        self._size = 0
+        """Bytes of the file then."""
+
+    def read(self) -> Iterator[bytes]:
+        """Yields the whole lines, without the newline; none where there is no file."""
+        self._num_whole = self._size = 0
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            self._size = os.fstat(file.fileno()).st_size
+            for line in file:
+                # A file system that lost unsynced pages shows zeros in their place.
+                if not line.endswith(b"\n") or b"\0" in line:
+                    return
+                self._num_whole += len(line)
+                yield line[:-1]
+
+    def open(self) -> None:
+        """Begins to append, after what `read` saw; raises `OutputError` where another process does.
+
+        The lock is on the file itself and ends with the process that holds it. That the file is
+        there at all is for good once its directory is flushed too.
+        """
+        file = open(self.path, "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise OutputError(f"{self.path}: another process is writing it") from error
+        if os.fstat(file.fileno()).st_size != self._size:
+            file.close()
+            raise OutputError(f"{self.path}: another process has written it; start again")
+        file.truncate(self._num_whole)
+        self._file = file
+        self.commit()
+
+    def append(self, line: bytes) -> None:
+        """Adds a line, which counts for good from the next `commit` on."""
+        assert self._file is not None, "appending comes after open() and before close()"
+        assert b"\n" not in line and b"\0" not in line, "one line, and text"
+        self._file.write(line + b"\n")
+
+    def commit(self) -> None:
+        """Makes what was appended survive whatever comes."""
+        assert self._file is not None, "committing comes after open() and before close()"
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Commits, and lets go of the file."""
+        if self._file is not None:
+            self.commit()
+            self._file.close()
+            self._file = None
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a living process appends to a log, asked without disturbing it."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False

@@ -1,0 +1,121 @@
+"""A log of lines: what was committed stays, what was torn goes, one process at a time writes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.data.line_log import LineLog, is_being_written
+from runner.errors import OutputError
+
+LINES = [b"one", b"two", b"three"]
+
+
+def written(path: Path, lines: list[bytes]) -> LineLog:
+    log = LineLog(path)
+    list(log.read())
+    log.open()
+    for line in lines:
+        log.append(line)
+    return log
+
+
+def test_what_was_appended_is_read(tmp_path: Path) -> None:
+    written(tmp_path / "log", LINES).close()
+    assert list(LineLog(tmp_path / "log").read()) == LINES
+
+
+def test_there_is_nothing_to_read_before_the_first_line(tmp_path: Path) -> None:
+    assert list(LineLog(tmp_path / "log").read()) == []
+
+
+def test_reading_makes_no_file(tmp_path: Path) -> None:
+    list(LineLog(tmp_path / "log").read())
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(cut=st.integers(0, len(b"one\ntwo\nthree\n")))
+def test_cut_anywhere_the_whole_lines_count_and_appending_goes_on_after_them(
+    cut: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("log") / "log"
+    path.write_bytes(b"one\ntwo\nthree\n"[:cut])
+    whole = [line for end, line in zip((4, 8, 14), LINES, strict=True) if cut >= end]
+    assert list(LineLog(path).read()) == whole
+    written(path, [b"four"]).close()
+    assert list(LineLog(path).read()) == [*whole, b"four"]
+    assert path.read_bytes() == b"".join(line + b"\n" for line in [*whole, b"four"])
+
+
+def test_zeros_of_a_lost_page_and_what_follows_them_are_done_again(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"one\ntw\0\0\0\0\0\nthree\n")
+    assert list(LineLog(path).read()) == [b"one"]
+    written(path, [b"two"]).close()
+    assert path.read_bytes() == b"one\ntwo\n"
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    first = written(tmp_path / "log", LINES)
+    first.commit()
+    second = LineLog(tmp_path / "log")
+    assert list(second.read()) == LINES
+    with pytest.raises(OutputError, match="another process is writing it"):
+        second.open()
+    first.append(b"four")
+    first.close()
+    assert list(LineLog(tmp_path / "log").read()) == [*LINES, b"four"]
+
+
+def test_what_another_wrote_since_the_reading_is_not_overlooked(tmp_path: Path) -> None:
+    log = LineLog(tmp_path / "log")
+    assert list(log.read()) == []
+    written(tmp_path / "log", LINES).close()
+    with pytest.raises(OutputError, match="start again"):
+        log.open()
+    assert list(LineLog(tmp_path / "log").read()) == LINES
+
+
+def test_asking_who_writes_makes_no_file_and_keeps_no_lock(tmp_path: Path) -> None:
+    assert not is_being_written(tmp_path / "log")
+    assert list(tmp_path.iterdir()) == []
+    log = written(tmp_path / "log", [])
+    assert is_being_written(tmp_path / "log")
+    log.close()
+    assert not is_being_written(tmp_path / "log")
+    written(tmp_path / "log", []).close()
+
+
+def test_a_lock_ends_with_the_process_and_committed_lines_stay(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from runner.data.line_log import LineLog
+log = LineLog(Path("log"))
+log.open()
+log.append(b"committed")
+log.commit()
+log.append(b"not committed")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdin is not None
+    assert process.stdout.readline() == b"ready\n"
+    assert is_being_written(tmp_path / "log")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    assert not is_being_written(tmp_path / "log")
+    assert list(LineLog(tmp_path / "log").read()) == [b"committed"]
