@@ -1,10 +1,9 @@
 """Answers OpenAI batch files: a response or an error for every line, each of them once."""
 
-import errno
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from runner.data.batch_results import ERROR_FILE, OUTPUT_FILE, BatchResults
 from runner.data.durable import replace_file
 from runner.data.openai_batch import BadLine, BatchFile, BatchLine, answer_line
-from runner.errors import ParameterError
+from runner.errors import ParameterError, StoppedError
 from runner.interrupt import Interrupt
 from runner.llm import LLM
 from runner.models.token_bytes import TokenBytes
@@ -147,20 +146,25 @@ class _Run:
         self._open: dict[str, _Open] = {}
 
     def run(self, batch: BatchFile) -> None:
-        """Answers; leaves by SystemExit after an interrupt and where the disk is full."""
+        """Answers; leaves by SystemExit after an interrupt.
+
+        Raises StoppedError where the disk takes no more.
+        """
         state: State = "stopped"
         with Interrupt() as interrupt:
             try:
-                for output in self._answerer.llm.run(
+                outputs = self._answerer.llm.run(
                     self._requests(batch), interrupted=interrupt.is_requested
-                ):
+                )
+                for output in outputs:
                     self._take(output)
                 state = "interrupted" if interrupt.is_requested() else "finished"
                 self._commit(state)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                self._end_on_a_full_disk(error)
+            except StoppedError:
+                # A full disk may refuse this as well.
+                with suppress(OSError):
+                    self._summarize(state)
+                raise
             finally:
                 self._watch.close(state)
                 self._results.close()
@@ -168,28 +172,27 @@ class _Run:
         interrupt.exit_if_requested()
 
     def _requests(self, batch: BatchFile) -> Iterator[PromptRequest | RequestOutput]:
-        """The lines that have no answer yet; one that cannot be asked comes as its own output."""
         for number, line in enumerate(batch):
-            if self._results.is_done(line):
-                continue
-            name = str(number)
-            opened = self._open[name] = _Open(line)
+            if not self._results.is_done(line):
+                yield from self._asked(str(number), line)
+
+    def _asked(self, name: str, line: BatchLine | BadLine) -> list[Any]:
+        """The requests that a line makes; one that cannot be asked is its own, failed output."""
+        opened = self._open[name] = _Open(line)
+        try:
             if isinstance(line, BatchLine):
-                try:
-                    opened.request = self._answerer.understand(line)
-                    key = f"custom_id/{line.custom_id}"
-                    yield from opened.request.prompt_requests(name, key=key)
-                    continue
-                except ApiError as error:
-                    opened.error = error
-                except RecursionError:
-                    what = "The body is nested too deeply."
-                    opened.error = ApiError(what, code="invalid_value")
-                opened.request = None
-            failed = ErrorInfo("ApiError", "")
-            yield RequestOutput(
-                request_id=f"{name}/0", prompt=None, prompt_token_ids=[], error=failed
-            )
+                request = self._answerer.understand(line)
+                asked = request.prompt_requests(name, key=f"custom_id/{line.custom_id}")
+                opened.request = request
+                return asked
+        except ApiError as error:
+            opened.error = error
+        except RecursionError:
+            opened.error = ApiError("The body is nested too deeply.", code="invalid_value")
+        failed = ErrorInfo("ApiError", "")
+        return [
+            RequestOutput(request_id=f"{name}/0", prompt=None, prompt_token_ids=[], error=failed)
+        ]
 
     def _take(self, output: RequestOutput) -> None:
         name, _, place = output.request_id.rpartition("/")
@@ -207,9 +210,12 @@ class _Run:
 
     def _commit(self, state: State) -> None:
         """Commits, and says so to whoever watches."""
+        self._results.commit()
+        self._watch.committed(self._results.num_lines)
+        self._summarize(state)
+
+    def _summarize(self, state: State) -> None:
         results = self._results
-        results.commit()
-        self._watch.committed(results.num_lines)
         numbers = self._watch.numbers(state) | {
             "rows": results.num_lines,
             "errors": dict(results.errors.most_common()),
@@ -218,14 +224,6 @@ class _Run:
         }
         text = json.dumps(numbers, indent=2) + "\n"
         replace_file(results.directory / "summary.json", lambda file: _write(file, text))
-
-    def _end_on_a_full_disk(self, error: OSError) -> None:
-        print(
-            f"error: {self._results.directory}: {error.strerror}; the same command goes on from "
-            "here once there is space",
-            file=sys.stderr,
-        )
-        sys.exit(1)
 
     def _report(self) -> None:
         """Prints what the directory holds."""

@@ -21,13 +21,13 @@ from runner import __version__
 from runner.arguments import Arguments, parse_arguments
 from runner.composition import POSITIONAL, choices, positionals, register, unknown_keys
 from runner.config_errors import explain
-from runner.errors import OutputError, ParameterError, UsageError
+from runner.errors import OutputError, ParameterError, StoppedError, UsageError
 from runner.help import job_help, program_help
 from runner.models.blas import load_blas
 
 
 def main() -> None:
-    """Runs `runner`; a usage error is one line on stderr and exit code 2."""
+    """Runs `runner`; a usage error is one line on stderr and exit code 2, a stopped run 1."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     warnings.showwarning = _warn_in_one_line
     if os.getcwd() not in sys.path:
@@ -80,7 +80,7 @@ def _run_hydra(config: DictConfig) -> None:
     config.output.dir = HydraConfig.get().runtime.output_dir
     try:
         _load_job(config)(config)
-    except (UsageError, HydraException) as error:
+    except (UsageError, StoppedError, HydraException) as error:
         _remove_if_empty(Path(config.output.dir))
         _exit_with(error)
 
@@ -120,4 +120,4 @@ def _exit_with(error: Exception) -> NoReturn:
     if message is None:
         raise error
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(1 if isinstance(error, StoppedError) else 2)

@@ -16,13 +16,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from runner.composition import SCHEMA
-from runner.errors import UsageError
+from runner.errors import StoppedError, UsageError
 
 
 def explain(error: BaseException) -> str | None:
     """What is wrong with the configuration, in one line; None if `error` is something else."""
     match error:
-        case UsageError():
+        case UsageError() | StoppedError():
             return str(error)
         case MissingConfigException():
             return _unknown_choice(error)

@@ -6,6 +6,7 @@ RunnerError
 │   ├── DataError          the input rows cannot be read
 │   ├── ModelError         the model cannot be loaded, or its kind is not covered
 │   └── OutputError        the output directory cannot take these results
+├── StoppedError           a run cannot go on now: one line, exit code 1, resumable
 └── RowError               one row cannot be done: a result row with `error`, the job goes on
     ├── PromptError        no prompt, no tokens, or more tokens than the context holds
     └── RewardError        the reward function failed on this row
@@ -34,6 +35,13 @@ class ModelError(UsageError):
 
 class OutputError(UsageError):
     """The output directory cannot take these results."""
+
+
+class StoppedError(RunnerError):
+    """A run cannot go on now: the disk is full, or too many rows fail.
+
+    What is committed stays, and the same command goes on from there.
+    """
 
 
 class RowError(RunnerError):

@@ -3,10 +3,10 @@
 import fcntl
 import os
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
-from runner.errors import OutputError
+from runner.errors import OutputError, StoppedError
 
 
 class LineLog:
@@ -18,11 +18,11 @@ class LineLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._num_whole = 0
-        """Bytes of the whole lines that `read` saw."""
+        """Bytes of the whole lines that `read` saw, and of those appended since."""
         self._size = 0
-        """Bytes of the file then."""
+        """Bytes of the file when it was read."""
 
     def read(self) -> Iterator[bytes]:
         """Yields the whole lines, without the newline; none where there is no file."""
@@ -44,7 +44,7 @@ class LineLog:
         The lock is on the file itself and ends with the process that holds it. That the file is
         there at all is for good once its directory is flushed too.
         """
-        file = open(self.path, "ab")  # noqa: SIM115
+        file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -58,23 +58,39 @@ class LineLog:
         self.commit()
 
     def append(self, line: bytes) -> None:
-        """Adds a line, which counts for good from the next `commit` on."""
+        """Adds a line, which counts for good from the next `commit` on.
+
+        Raises `StoppedError` where the disk refuses it; the file is then as it was before.
+        """
         assert self._file is not None, "appending comes after open() and before close()"
         assert b"\n" not in line and b"\0" not in line, "one line, and text"
-        self._file.write(line + b"\n")
+        rest = memoryview(line + b"\n")
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(self._num_whole)
+            raise self._stopped(error) from error
+        self._num_whole += len(line) + 1
 
     def commit(self) -> None:
-        """Makes what was appended survive whatever comes."""
+        """Makes what was appended survive whatever comes; `StoppedError` where that fails."""
         assert self._file is not None, "committing comes after open() and before close()"
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._stopped(error) from error
 
     def close(self) -> None:
         """Commits, and lets go of the file."""
         if self._file is not None:
-            self.commit()
-            self._file.close()
+            with self._file:
+                self.commit()
             self._file = None
+
+    def _stopped(self, error: OSError) -> StoppedError:
+        advice = "once that is mended, the same command goes on from here"
+        return StoppedError(f"{self.path}: {error.strerror}; {advice}")
 
 
 def is_being_written(path: Path) -> bool:

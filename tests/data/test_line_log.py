@@ -1,6 +1,7 @@
 """A log of lines: what was committed stays, what was torn goes, one process at a time writes."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runner.data.line_log import LineLog, is_being_written
-from runner.errors import OutputError
+from runner.errors import OutputError, StoppedError
 
 LINES = [b"one", b"two", b"three"]
 
@@ -92,16 +93,16 @@ def test_asking_who_writes_makes_no_file_and_keeps_no_lock(tmp_path: Path) -> No
     written(tmp_path / "log", []).close()
 
 
-def test_a_lock_ends_with_the_process_and_committed_lines_stay(tmp_path: Path) -> None:
+def test_a_lock_ends_with_the_process_and_its_lines_stay(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
 from runner.data.line_log import LineLog
 log = LineLog(Path("log"))
 log.open()
-log.append(b"committed")
+log.append(b"one")
 log.commit()
-log.append(b"not committed")
+log.append(b"two")
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -118,4 +119,19 @@ sys.stdin.read()
     process.stdin.close()
     process.stdout.close()
     assert not is_being_written(tmp_path / "log")
-    assert list(LineLog(tmp_path / "log").read()) == [b"committed"]
+    assert list(LineLog(tmp_path / "log").read()) == LINES[:2]
+
+
+def test_what_the_disk_refuses_is_taken_back_and_the_lines_before_stay(tmp_path: Path) -> None:
+    log = written(tmp_path / "log", LINES)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        with pytest.raises(StoppedError, match="log: .*the same command goes on"):
+            log.append(b"longer than the six bytes that are left")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(LineLog(tmp_path / "log").read()) == LINES
+    log.append(b"four")
+    log.close()
+    assert (tmp_path / "log").read_bytes() == b"one\ntwo\nthree\nfour\n"
