@@ -160,6 +160,9 @@ class _Run:
                     self._take(output)
                 state = "interrupted" if interrupt.is_requested() else "finished"
                 self._commit(state)
+            except KeyboardInterrupt:
+                state = "interrupted"
+                raise
             except StoppedError:
                 # A full disk may refuse this as well.
                 with suppress(OSError):

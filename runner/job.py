@@ -16,9 +16,9 @@ from runner.data.schemas import passthrough_names, result_schema
 from runner.errors import DataError, PromptError
 from runner.interrupt import Interrupt
 from runner.llm import LLM
-from runner.progress import Progress
 from runner.prompts import PromptBuilder, prompt_digest
 from runner.report import print_report, summary
+from runner.run_log import public_options
 from runner.types import (
     Completion,
     ErrorInfo,
@@ -27,6 +27,7 @@ from runner.types import (
     RequestOutput,
     SamplingParams,
 )
+from runner.watch import State, Watch
 
 _DECIDING_GROUPS = ("job", "model", "data", "sampling", "reward")
 """The groups whose options decide results; `engine` and `output` do not."""
@@ -50,6 +51,7 @@ class RunContext:
         self.writer: ResultWriter = instantiate(config.output)(
             schema=result_schema(self.dataset.schema), identity=_identity(config)
         )
+        self._tracker = instantiate(config.tracker)
         self._names = passthrough_names(self.dataset.columns)
         self._seen: Counter[str] = Counter()
         self._in_flight: dict[str, Row] = {}
@@ -69,14 +71,15 @@ class RunContext:
         self.llm.check(self.params)
         self.writer.start()
         (self.directory / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
-        self._progress = Progress(self.dataset.num_rows, initial=len(self.writer.done_rows))
+        self._watch = self._watched()
         self._started = time.monotonic()
         self._interrupt.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         self.writer.close(complete=self._finished and error is None)
-        self._progress.close()
+        self._watch.committed(len(self.writer.done_rows))
+        self._watch.close(self._state(error))
         self._interrupt.__exit__(kind, error, traceback)
         if error is None:
             self._report()
@@ -84,7 +87,7 @@ class RunContext:
     def outputs(self) -> Iterator[tuple[Row, RequestOutput]]:
         """Runs every row that has no result yet; yields each with its input as it finishes."""
         for output in self.llm.run(self._requests(), interrupted=self._interrupt.is_requested):
-            self._progress.update(output)
+            self._watch.output(output)
             yield self._in_flight.pop(output.request_id), output
         self._finished = not self._interrupt.is_requested()
 
@@ -104,16 +107,19 @@ class RunContext:
             "seed": self.params.seed,
             "model": self.llm.loaded.name,
         }
+        before = self.writer.num_rows
         if output.error is not None:
             failed = {"sample_index": 0, "finish_reason": "error", "error": asdict(output.error)}
             self.writer.write([shared | failed])
-            return
-        self.writer.write(
-            [
-                shared | sample_columns(sample) | dict((scores or {}).get(sample.index, {}))
-                for sample in output.outputs
-            ]
-        )
+        else:
+            self.writer.write(
+                [
+                    shared | sample_columns(sample) | dict((scores or {}).get(sample.index, {}))
+                    for sample in output.outputs
+                ]
+            )
+        if self.writer.num_rows != before:
+            self._watch.committed(len(self.writer.done_rows))
 
     def _requests(self) -> Iterator[PromptRequest | RequestOutput]:
         """The rows that have no result yet; one without a usable prompt as its own output."""
@@ -154,9 +160,27 @@ class RunContext:
         self._seen[name] += 1
         return name
 
+    def _watched(self) -> Watch:
+        loaded = self.llm.loaded
+        return Watch(
+            self.directory,
+            public_options(_plain(self.config)),
+            total=self.dataset.num_rows,
+            done=len(self.writer.done_rows),
+            tracker=self._tracker,
+            model={"name": loaded.name, "dtype": loaded.dtype, "blas": loaded.blas.name},
+        )
+
+    def _state(self, error: BaseException | None) -> State:
+        """How the run ended."""
+        if self._interrupt.is_requested() or isinstance(error, KeyboardInterrupt):
+            return "interrupted"
+        return "finished" if self._finished and error is None else "stopped"
+
     def _report(self) -> None:
         seconds = time.monotonic() - self._started
         numbers = summary(self.directory, self.writer, self.llm, seconds=seconds)
+        numbers |= {"state": self._state(None), "total_rows": self.dataset.num_rows}
         (self.directory / "summary.json").write_text(json.dumps(numbers, indent=2) + "\n")
         print_report(numbers, self.directory)
         self._interrupt.exit_if_requested()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from runner.errors import ParameterError
 from runner.progress import Progress
 from runner.run_log import RunLog
 from runner.trackers import NoTracker, Tracker
@@ -39,6 +40,9 @@ class Watch:
             done: rows that have their results already.
             tracker: takes the numbers of every commit.
             model: facts of the model, for the log.
+
+        Raises:
+            ParameterError: the tracker cannot begin, for want of a key or a network.
         """
         self.errors: Counter[str] = Counter()
         self.num_rows = 0
@@ -48,7 +52,11 @@ class Watch:
         self._log.info("start", options)
         self._log.info("model", model or {})
         self._tracker = tracker or NoTracker()
-        self._tracker.start(options)
+        try:
+            self._tracker.start(options)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ParameterError(f"the tracker cannot start: {reason}; see tracker=none") from error
         self._show_warning = warnings.showwarning
         warnings.showwarning = self._warned
         self._progress = Progress(total, initial=done)

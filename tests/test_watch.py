@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from runner.errors import ParameterError
 from runner.types import ErrorInfo, RequestOutput
 from runner.watch import Watch
 
@@ -88,7 +89,7 @@ def test_a_tracker_that_fails_is_left_out_with_a_warning(
 
 
 def test_a_tracker_that_cannot_start_ends_the_run_before_it_began(tmp_path: Path) -> None:
-    with pytest.raises(ConnectionError):
+    with pytest.raises(ParameterError, match="cannot start: the service is down"):
         watch(tmp_path, Recorder("start"))
 
 
