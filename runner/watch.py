@@ -76,7 +76,8 @@ class Watch:
     def committed(self, rows: int, metrics: Mapping[str, float] | None = None) -> None:
         """Reports that `rows` rows of the job are safe; `metrics` adds to the numbers."""
         run = self.numbers("running")["run"]
-        reported = {"rows": rows, "errors": self.errors.total()} | run | dict(metrics or {})
+        counts = {"rows": rows, "errors": self.errors.total()}
+        reported = run | counts | dict(metrics or {})
         self._log.info("commit", reported)
         try:
             self._tracker.log(reported, step=rows)

@@ -1,5 +1,6 @@
 """What others see of a run: counts, log, tracker and warnings, none of which can end it."""
 
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -39,6 +40,7 @@ def quiet() -> Iterator[None]:
     """Warnings are shown, as on the command line, not raised."""
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *where, **also: print(message, file=sys.stderr)
         yield
 
 

@@ -54,7 +54,8 @@ class _Refusal(Exception):
 class BatchFile:
     """A batch file that can be read any number of times, a line at a time.
 
-    Reading holds a digest of each custom_id, about 100 bytes, and of each bad line. Raises `DataError` for a path that is no .jsonl or .jsonl.gz file.
+    Reading holds a digest of each custom_id, about 100 bytes, and of each bad line. Raises
+    `DataError` for a path that is no .jsonl or .jsonl.gz file.
     """
 
     def __init__(self, path: str, *, urls: tuple[str, ...]) -> None:
