@@ -14,7 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import __version__
@@ -96,8 +96,9 @@ def _load_job(config: DictConfig) -> Callable[[DictConfig], Any]:
         raise ParameterError(f"no option {unknown[0]}; see runner JOB --help")
     if missing:
         raise ParameterError(f"{missing[0]} has no value: give {missing[0]}=...")
-    options = [key for key in config.job if key != POSITIONAL]
-    job: partial[None] = instantiate(OmegaConf.masked_copy(config.job, options), _partial_=True)
+    with open_dict(config.job):
+        config.job.pop(POSITIONAL, None)
+    job: partial[None] = instantiate(config.job, _partial_=True)
     try:
         signature(job.func).bind(*job.args, config, **job.keywords)
     except TypeError as error:
