@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
@@ -62,7 +64,7 @@ def _compare(llm: LLM, workload: Workload, rounds: int) -> dict[str, Any]:
     return {
         "workload": workload.name,
         "rows": workload.num_rows,
-        "completion_tokens": workload.num_tokens,
+        "useful_tokens": workload.num_tokens,
         "sides": {name: _speed(workload, taken) for name, taken in seconds.items()},
         "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
     }
@@ -80,7 +82,10 @@ def _speed(workload: Workload, seconds: list[float]) -> dict[str, Any]:
 def run_engine(llm: LLM, workload: Workload) -> None:
     """The workload on this package's engine, with nothing cached from before."""
     llm.engine.clear_prefix_cache()
-    done = sum(len(completion.token_ids) for completion in llm.engine.run(_requests(workload)))
+    done = 0
+    for completion in llm.engine.run(_requests(workload)):
+        scored = completion.prompt_logprobs
+        done += len(completion.token_ids if scored is None else scored.logprobs)
     assert done == workload.num_tokens, "every token that was asked for, and no other"
 
 
@@ -90,6 +95,7 @@ def _requests(workload: Workload) -> Iterator[Request]:
             n=workload.n,
             temperature=workload.temperature,
             max_tokens=most,
+            prompt_logprobs=0 if workload.is_scored else None,
             ignore_eos=True,
             seed=0,
         )
@@ -121,10 +127,29 @@ def run_forward_loop(llm: LLM, workload: Workload) -> None:
         mx.eval(tokens)
 
 
+def run_log_softmax(llm: LLM, workload: Workload, *, batch_size: int = 8) -> None:
+    """The loop of `mlx_lm.perplexity`: batches of 8, all logits of a batch, their cross-entropy.
+
+    Its rows are of one length; these are sorted by it, so that few pads are forwarded.
+    """
+    prompts, done = sorted(workload.prompts, key=len), 0
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        padded = np.zeros((len(batch), len(batch[-1])), np.int32)
+        for row, prompt in enumerate(batch):
+            padded[row, : len(prompt)] = prompt
+        logits = llm.model(mx.array(padded[:, :-1])).astype(mx.float32)
+        losses = nn.losses.cross_entropy(logits, mx.array(padded[:, 1:]), reduction="none")
+        mx.eval(losses)
+        done += sum(len(prompt) - 1 for prompt in batch)
+    assert done == workload.num_tokens, "every token that was asked for, and no other"
+
+
 _PEERS: dict[str, tuple[str, Runner]] = {
     "group": ("mlx-lm", run_mlx_lm),
     "mixed": ("mlx-lm", run_mlx_lm),
     "decode": ("forward loop", run_forward_loop),
+    "score": ("mlx-lm's loop", run_log_softmax),
 }
 
 

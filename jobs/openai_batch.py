@@ -12,9 +12,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from runner.data.batch_results import ERROR_FILE, OUTPUT_FILE, BatchResults
-from runner.data.durable import replace_file
+from runner.data.error_rate import ErrorRate
 from runner.data.openai_batch import BadLine, BatchFile, BatchLine, answer_line
 from runner.errors import ParameterError, StoppedError
+from runner.identity import identity
 from runner.interrupt import Interrupt
 from runner.llm import LLM
 from runner.models.token_bytes import TokenBytes
@@ -26,7 +27,15 @@ from runner.run_log import public_options
 from runner.types import ErrorInfo, PromptRequest, RequestOutput, SamplingParams
 from runner.watch import State, Watch
 
-_OPTIONS = ("model", "engine", "sampling", "tracker", "data.path", "output.dir")
+_OPTIONS = (
+    "model",
+    "engine",
+    "sampling",
+    "tracker",
+    "data.path",
+    "output.dir",
+    "output.max_error_rate",
+)
 _DECIDING_GROUPS = ("job", "model", "sampling")
 
 
@@ -40,9 +49,10 @@ def openai_batch(
     """
     refuse_others("openai_batch", _OPTIONS)
     plain = _plain(config)
-    defaults = SamplingParams(**plain["sampling"])
+    defaults = _defaults(plain)
+    error_rate = ErrorRate(plain["output"]["max_error_rate"])
     batch = BatchFile(plain["data"]["path"], urls=KNOWN_URLS)
-    results = BatchResults(Path(plain["output"]["dir"]), _identity(plain))
+    results = BatchResults(Path(plain["output"]["dir"]), identity(plain, _DECIDING_GROUPS))
     total, done = results.count(batch)
     if done == total:
         print(f"{results.directory} holds all {total} answers already.")
@@ -53,18 +63,21 @@ def openai_batch(
     names = [*served_model_name, llm.loaded.name, llm.loaded.path, plain["model"]["path"]]
     answerer = Answerer(llm, defaults, names, check_model=check_model)
     tracker = instantiate(config.tracker)
-    results.start()
-    (results.directory / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
-    model = {"name": names[0], "path": llm.loaded.path, "dtype": llm.loaded.dtype}
-    watch = Watch(
-        results.directory,
-        public_options(plain),
-        total=total,
-        done=done,
-        tracker=tracker,
-        model=model,
-    )
-    _Run(results, answerer, watch, model).run(batch)
+    try:
+        results.start()
+        results.save("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        model = {"name": names[0], "path": llm.loaded.path, "dtype": llm.loaded.dtype}
+        watch = Watch(
+            results.directory,
+            public_options(plain),
+            total=total,
+            done=done,
+            tracker=tracker,
+            model=model,
+        )
+        _Run(results, answerer, watch, error_rate, model).run(batch)
+    finally:
+        results.close()
 
 
 @dataclass
@@ -137,18 +150,24 @@ class _Run:
     """One run over a batch file: every line that has no answer gets one, or an interrupt comes."""
 
     def __init__(
-        self, results: BatchResults, answerer: Answerer, watch: Watch, model: Mapping[str, Any]
+        self,
+        results: BatchResults,
+        answerer: Answerer,
+        watch: Watch,
+        error_rate: ErrorRate,
+        model: Mapping[str, Any],
     ) -> None:
         self._results = results
         self._answerer = answerer
         self._watch = watch
+        self._error_rate = error_rate
         self._model = model
         self._open: dict[str, _Open] = {}
 
     def run(self, batch: BatchFile) -> None:
         """Answers; leaves by SystemExit after an interrupt.
 
-        Raises StoppedError where the disk takes no more.
+        Raises StoppedError where the disk takes no more, or too many requests fail.
         """
         state: State = "stopped"
         with Interrupt() as interrupt:
@@ -163,14 +182,13 @@ class _Run:
             except KeyboardInterrupt:
                 state = "interrupted"
                 raise
-            except StoppedError:
+            except Exception:
                 # A full disk may refuse this as well.
-                with suppress(OSError):
-                    self._summarize(state)
+                with suppress(StoppedError):
+                    self._commit(state)
                 raise
             finally:
                 self._watch.close(state)
-                self._results.close()
         self._report()
         interrupt.exit_if_requested()
 
@@ -210,6 +228,10 @@ class _Run:
         self._watch.row(num_tokens, error=error["code"] if error else None)
         if is_committed:
             self._commit("running")
+        if isinstance(opened.line, BatchLine):
+            self._error_rate.add(
+                {"type": error["code"], "message": error["message"]} if error else None
+            )
 
     def _commit(self, state: State) -> None:
         """Commits, and says so to whoever watches."""
@@ -225,8 +247,7 @@ class _Run:
             "complete": state == "finished",
             "model": self._model,
         }
-        text = json.dumps(numbers, indent=2) + "\n"
-        replace_file(results.directory / "summary.json", lambda file: _write(file, text))
+        results.save("summary.json", json.dumps(numbers, indent=2) + "\n")
 
     def _report(self) -> None:
         """Prints what the directory holds."""
@@ -254,12 +275,8 @@ def _plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _identity(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that decide answers, flat; which lines are asked is for each line to say."""
-    return {
-        f"{group}.{key}": value for group in _DECIDING_GROUPS for key, value in plain[group].items()
-    }
-
-
-def _write(file: Any, text: str) -> None:
-    file.write(text.encode())
+def _defaults(plain: Mapping[str, Any]) -> SamplingParams:
+    if plain["sampling"]["prompt_logprobs"] is not None:
+        what = "a line asks for those of its prompt with echo and logprobs"
+        raise ParameterError(f"sampling.prompt_logprobs means nothing to openai_batch: {what}")
+    return SamplingParams(**plain["sampling"])

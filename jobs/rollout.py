@@ -10,8 +10,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from runner.errors import ParameterError, RewardError
-from runner.job import Row, RunContext
+from runner.job import RunContext
 from runner.rewards import RewardRunner, group_advantages
+from runner.rows import Row
 from runner.types import Completion, ErrorInfo, RequestOutput
 
 Rewards = list[float | RewardError]

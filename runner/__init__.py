@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from runner.types import Logprob as Logprob
     from runner.types import RequestOutput as RequestOutput
     from runner.types import SamplingParams as SamplingParams
+    from runner.types import Score as Score
+    from runner.types import TokenLogprobs as TokenLogprobs
 
 _root = Path(__file__).resolve().parent
 if not (_root / "conf").is_dir() and (_root.parent / "pyproject.toml").is_file():
@@ -22,6 +24,8 @@ _PUBLIC = {
     "Logprob": "runner.types",
     "RequestOutput": "runner.types",
     "SamplingParams": "runner.types",
+    "Score": "runner.types",
+    "TokenLogprobs": "runner.types",
 }
 __all__ = sorted(_PUBLIC)
 __version__ = "0.1.0"

@@ -26,7 +26,11 @@ class ModelConfig:
 
 @dataclass
 class EngineConfig:
-    """How the batch is run (`engine=`); nothing here changes what a row gets."""
+    """How the batch is run (`engine=`).
+
+    The options about keys and values, `kv_bits` and what follows it, change results, so that they
+    cannot be changed when a run is resumed; the others do not change what a row gets.
+    """
 
     max_batch_size: int = 32
     """Rows decoded together."""
@@ -34,6 +38,16 @@ class EngineConfig:
     """Prompt tokens, pads included, forwarded at once."""
     prefix_cache_bytes: int = 268435456
     """Keys and values kept for prompts that begin like an earlier one; 0 keeps none."""
+    kv_bits: int | None = None
+    """Stores keys and values in 2, 3, 4, 5, 6 or 8 bits; null as they are. Changes results."""
+    kv_group_size: int = 64
+    """Entries that share a scale, 32, 64 or 128; it has to divide the size of an attention head."""
+    quantized_kv_start: int = 0
+    """First tokens of each row that are not quantised, however long the row grows. (mlx-lm, by this
+    name, quantises all tokens of a row as soon as there are more.)"""
+    max_kv_size: int | None = None
+    """Columns kept of a row in each attention layer, 5 or more: of its first 4 tokens and of the
+    latest, all that is attended to. null keeps all. max_model_len still holds. Changes results."""
 
 
 @dataclass
@@ -51,7 +65,7 @@ class SamplingConfig:
     min_p: float = 0.0
     """Drops tokens less likely than this fraction of the most likely one."""
     max_tokens: int | None = 256
-    """Tokens per completion at most; null fills the context."""
+    """Tokens per completion at most; null fills the context, 0 only scores the prompt."""
     seed: int = 0
     """Same seed, same draws, whatever the batch size, the order or the machine's load."""
     stop: list[str] = field(default_factory=list)
@@ -79,6 +93,8 @@ class SamplingConfig:
     """Words that a completion never holds."""
     allowed_token_ids: list[int] | None = None
     """The only token ids that a completion may hold; null allows all."""
+    prompt_logprobs: int | None = None
+    """0 writes the model's own logprob of every prompt token; null writes none."""
 
 
 @dataclass
@@ -126,8 +142,22 @@ class OutputConfig:
     _partial_: bool = True
     dir: str = MISSING
     """Directory of the results; one that holds other results is refused."""
+    overwrite: bool = False
+    """Removes the results that the directory holds, and starts again."""
     shard_rows: int = 4096
     """Result rows in one part file."""
+    commit_seconds: float = 60.0
+    """A finished row waits this long at most until it is on disk for good."""
+    max_error_rate: float = 0.01
+    """Stops the run where more of its rows than this fail, from the 100th on; 1 never stops it."""
+    retry_errors: bool = False
+    """Does the rows with an error again; each stays until its replacement is committed."""
+    merge: bool = False
+    """Merges the results of a finished job in the order of its input, as `runner merge` does."""
+    merge_format: str = "arrow"
+    """Of the merged files: arrow, parquet or jsonl."""
+    merge_rows: int | None = None
+    """Result rows in one merged file; null makes one file."""
 
 
 @dataclass

@@ -2,37 +2,33 @@
 
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from runner.data import Dataset, ResultWriter
+from runner.data import Dataset, ResultWriter, WriteBehind, read_ahead
+from runner.data.durable import replace_file, stopping
+from runner.data.merge import Merged, merge
 from runner.data.schemas import passthrough_names, result_schema
-from runner.errors import DataError, PromptError
+from runner.errors import ParameterError, StoppedError
+from runner.identity import identity
 from runner.interrupt import Interrupt
 from runner.llm import LLM
-from runner.prompts import PromptBuilder, prompt_digest
 from runner.report import print_report, summary
+from runner.result_rows import result_rows
+from runner.rows import NamedRow, Row, RowNamer, are_done, check_ids, prompt_builder
 from runner.run_log import public_options
-from runner.types import (
-    Completion,
-    ErrorInfo,
-    Prompt,
-    PromptRequest,
-    RequestOutput,
-    SamplingParams,
-)
+from runner.types import ErrorInfo, PromptRequest, RequestOutput, SamplingParams
 from runner.watch import State, Watch
 
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
 _DECIDING_GROUPS = ("job", "model", "data", "sampling", "reward")
-"""The groups whose options decide results; `engine` and `output` do not."""
-
-Row = Mapping[str, Any]
+"""The groups whose options decide results."""
 
 
 class RunContext:
@@ -45,50 +41,79 @@ class RunContext:
     def __init__(self, config: DictConfig) -> None:
         self.config = config
         self.directory = Path(config.output.dir)
-        self.params = SamplingParams(**_plain(config.sampling))
+        self.params = _sampling_params(config)
         self.dataset: Dataset = instantiate(config.data)
-        self.prompts = _prompt_builder(self.dataset)
+        prompt_builder(self.dataset)  # Refuses options that no row could have a prompt with.
         self.writer: ResultWriter = instantiate(config.output)(
-            schema=result_schema(self.dataset.schema), identity=_identity(config)
+            schema=result_schema(self.dataset.schema),
+            identity=identity(_plain(config), _DECIDING_GROUPS),
         )
         self._tracker = instantiate(config.tracker)
         self._names = passthrough_names(self.dataset.columns)
-        self._seen: Counter[str] = Counter()
         self._in_flight: dict[str, Row] = {}
         self._interrupt = Interrupt()
         self._finished = False
+        self._fingerprint = self.dataset.fingerprint
 
     @property
     def complete(self) -> bool:
-        """Whether the directory holds all results already; says so."""
-        if self.writer.complete:
-            print(f"{self.directory} holds all {self.writer.num_rows} results already.")
-        return self.writer.complete
+        """Whether the directory holds all results already; says so.
+
+        Where the files of the input are not those of the run that completed it, they are read to
+        see whether a row has come.
+        """
+        if not self.writer.complete:
+            return False
+        is_same = self.writer.input == self._fingerprint
+        if not is_same and not are_done(self._rows(), self.writer.done_rows):
+            return False
+        print(f"{self.directory} holds all {self.writer.num_rows} results already.")
+        if self.writer.merge:
+            self._merge()
+        return True
 
     def __enter__(self) -> "RunContext":
-        options = _plain(self.config.model) | _plain(self.config.engine)
-        self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
-        self.llm.check(self.params)
-        self.writer.start()
-        (self.directory / "config.yaml").write_text(OmegaConf.to_yaml(self.config, resolve=True))
-        self._watch = self._watched()
+        self.writer.lock()
+        try:
+            if self.dataset.id_column is not None and self.dataset.is_local:
+                check_ids(self.dataset)
+            options = _plain(self.config.model) | _plain(self.config.engine)
+            self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
+            self.llm.check(self.params)
+            self._behind = WriteBehind(self.writer, committed=self._save_summary)
+            self._behind.start()
+            self._save(CONFIG_FILE, OmegaConf.to_yaml(self.config, resolve=True))
+            self._watch = self._watched()
+        except BaseException:
+            self.writer.close(complete=False)
+            raise
         self._started = time.monotonic()
         self._interrupt.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self.writer.close(complete=self._finished and error is None)
-        self._watch.committed(len(self.writer.done_rows))
-        self._watch.close(self._state(error))
-        self._interrupt.__exit__(kind, error, traceback)
+        # A second interrupt leaves at once: what is committed is whole, the rest is made again.
+        if kind is KeyboardInterrupt:
+            self._watch.close("interrupted")
+            return
+        is_done = self._finished and error is None
+        state = self._state(is_done=False)
+        try:
+            self._behind.close(complete=is_done, input=self._fingerprint if is_done else None)
+            state = self._state(is_done=is_done)
+        finally:
+            self._interrupt.__exit__(kind, error, traceback)
+            numbers = self._end(state)
         if error is None:
-            self._report()
+            self._report(numbers)
 
     def outputs(self) -> Iterator[tuple[Row, RequestOutput]]:
         """Runs every row that has no result yet; yields each with its input as it finishes."""
-        for output in self.llm.run(self._requests(), interrupted=self._interrupt.is_requested):
-            self._watch.output(output)
-            yield self._in_flight.pop(output.request_id), output
+        with closing(read_ahead(self._rows())) as rows:
+            requests = self._requests(rows)
+            for output in self.llm.run(requests, interrupted=self._interrupt.is_requested):
+                self._watch.output(output)
+                yield self._in_flight.pop(output.request_id), output
         self._finished = not self._interrupt.is_requested()
 
     def write(
@@ -99,66 +124,54 @@ class RunContext:
     ) -> None:
         """Writes the result rows of one input row; `scores` adds columns by sample index."""
         shared = {self._names[name]: value for name, value in row.items()} | {
-            "row_id": output.request_id,
-            "group_id": output.request_id,
-            "prompt": output.prompt,
-            "prompt_token_ids": output.prompt_token_ids,
             "temperature": self.params.temperature,
             "seed": self.params.seed,
             "model": self.llm.loaded.name,
         }
-        before = self.writer.num_rows
-        if output.error is not None:
-            failed = {"sample_index": 0, "finish_reason": "error", "error": asdict(output.error)}
-            self.writer.write([shared | failed])
-        else:
-            self.writer.write(
-                [
-                    shared | sample_columns(sample) | dict((scores or {}).get(sample.index, {}))
-                    for sample in output.outputs
-                ]
-            )
-        if self.writer.num_rows != before:
-            self._watch.committed(len(self.writer.done_rows))
+        self._behind.write(result_rows(shared, output, scores))
 
-    def _requests(self) -> Iterator[PromptRequest | RequestOutput]:
+    def _rows(self) -> RowNamer:
+        return RowNamer(self.dataset, self.params, are_unique=self.dataset.is_local)
+
+    def _requests(self, rows: Iterator[NamedRow]) -> Iterator[PromptRequest | RequestOutput]:
         """The rows that have no result yet; one without a usable prompt as its own output."""
-        for row in self.dataset:
-            prompt: Prompt | None = None
-            error: PromptError | None = None
-            try:
-                prompt = self.prompts(row)
-            except PromptError as failure:
-                error = failure
-            row_id = self._row_id(row, prompt)
+        for named in rows:
+            row_id = named.row_id
             if row_id in self.writer.done_rows:
                 continue
-            self._in_flight[row_id] = row
-            if prompt is None:
-                info = ErrorInfo(type(error).__name__, str(error))
+            self._in_flight[row_id] = named.row
+            if named.prompt is None:
+                info = ErrorInfo(type(named.error).__name__, str(named.error))
                 yield RequestOutput(request_id=row_id, prompt=None, prompt_token_ids=[], error=info)
             else:
                 yield PromptRequest(
-                    request_id=row_id, prompt=prompt, params=self.params, key=row_id
+                    request_id=row_id, prompt=named.prompt, params=self.params, key=named.key
                 )
 
-    def _row_id(self, row: Row, prompt: Prompt | None) -> str:
-        """The value of the id column, or the digest of the prompt and its occurrence number.
+    def _save(self, name: str, text: str) -> None:
+        with stopping(self.directory):
+            replace_file(self.directory / name, lambda file: _write(file, text))
 
-        Never the row's place, so that its random draws and its results stay its own when rows are
-        added, removed or reordered.
-        """
-        column = self.dataset.id_column
-        if column is None:
-            content = prompt or Prompt(text=json.dumps(row, sort_keys=True, default=str))
-            name = prompt_digest(content)
-            self._seen[name] += 1
-            return f"{name}-{self._seen[name] - 1}"
-        name = str(row[column])
-        if row[column] is None or self._seen[name]:
-            raise DataError(f"id_column={column}: {row[column]!r} does not name one row alone")
-        self._seen[name] += 1
-        return name
+    def _save_summary(self, state: State = "running") -> dict[str, Any]:
+        """Tells of a commit, in the thread that made it."""
+        seconds = time.monotonic() - self._started
+        numbers = summary(self.writer, self.llm, total=self.dataset.num_rows, seconds=seconds)
+        numbers |= {"state": state}
+        self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
+        reward = numbers["reward"]
+        self._watch.committed(numbers["rows"], {"reward": reward["mean"]} if reward else None)
+        return numbers
+
+    def _end(self, state: State) -> dict[str, Any]:
+        """Tells how the run ended; where something stopped it, that is told already."""
+        try:
+            return self._save_summary(state)
+        except StoppedError:
+            if state != "stopped":
+                raise
+            return {}
+        finally:
+            self._watch.close(state)
 
     def _watched(self) -> Watch:
         loaded = self.llm.loaded
@@ -171,36 +184,31 @@ class RunContext:
             model={"name": loaded.name, "dtype": loaded.dtype, "blas": loaded.blas.name},
         )
 
-    def _state(self, error: BaseException | None) -> State:
-        """How the run ended."""
-        if self._interrupt.is_requested() or isinstance(error, KeyboardInterrupt):
-            return "interrupted"
-        return "finished" if self._finished and error is None else "stopped"
+    def _state(self, *, is_done: bool) -> State:
+        if is_done:
+            return "finished"
+        return "interrupted" if self._interrupt.is_requested() else "stopped"
 
-    def _report(self) -> None:
-        seconds = time.monotonic() - self._started
-        numbers = summary(self.directory, self.writer, self.llm, seconds=seconds)
-        numbers |= {"state": self._state(None), "total_rows": self.dataset.num_rows}
-        (self.directory / "summary.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    def _report(self, numbers: dict[str, Any]) -> None:
         print_report(numbers, self.directory)
+        if self._finished and self.writer.merge:
+            self._merge()
         self._interrupt.exit_if_requested()
 
+    def _merge(self) -> None:
+        row_ids = (row.row_id for row in self._rows())
+        print_merged(merge(self.directory, row_ids, self.writer.merge_format))
 
-def sample_columns(sample: Completion) -> dict[str, Any]:
-    """The columns of one finished sample."""
-    columns: dict[str, Any] = {
-        "sample_index": sample.index,
-        "completion_token_ids": sample.token_ids,
-        "text": sample.text,
-        "logprobs": sample.processed_logprobs,
-        "raw_logprobs": sample.raw_logprobs,
-        "finish_reason": sample.finish_reason,
-        "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),
-    }
-    if sample.finish_reason == "error":
-        message = "a logprob is not a number: the model's own, or the options left no token"
-        columns["error"] = asdict(ErrorInfo("ModelOutputError", message))
-    return columns
+
+def print_merged(merged: Merged) -> None:
+    """Says in one line what a merge wrote, and what it did not."""
+    missing = f"; {merged.missing} rows have no result yet" if merged.missing else ""
+    gone = f"; left out {merged.left_out} that the input no longer has" if merged.left_out else ""
+    print(f"Merged {merged.rows} rows into {merged.paths[0].parent}{missing}{gone}.")
+
+
+def _write(file: Any, text: str) -> None:
+    file.write(text.encode())
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:
@@ -209,23 +217,9 @@ def _plain(node: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _prompt_builder(dataset: Dataset) -> PromptBuilder:
-    return PromptBuilder(
-        prompt_column=dataset.prompt_column,
-        messages_column=dataset.messages_column,
-        token_ids_column=dataset.token_ids_column,
-        template=dataset.prompt_template,
-        chat=dataset.chat,
-        system_prompt=dataset.system_prompt,
-        chat_template_kwargs=dataset.chat_template_kwargs,
-    )
-
-
-def _identity(config: DictConfig) -> dict[str, Any]:
-    """The options that decide results, flat: `sampling.temperature` and so on."""
-    return {
-        f"{group}.{key}": value
-        for group in _DECIDING_GROUPS
-        if config[group] is not None
-        for key, value in _plain(config[group]).items()
-    }
+def _sampling_params(config: DictConfig) -> SamplingParams:
+    params = SamplingParams(**_plain(config.sampling))
+    if params.prompt_logprobs:
+        what = "a job writes no alternatives: 0 for the prompt's own tokens, or null"
+        raise ParameterError(f"prompt_logprobs={params.prompt_logprobs} is not allowed: {what}")
+    return params

@@ -15,6 +15,7 @@ from runner.engine.stop import TextStream
 from runner.errors import ParameterError, PromptError, RowError
 from runner.progress import Progress
 from runner.prompts import encode_bad_words, encode_prompt, prompt_digest
+from runner.scores import ScoreInput, in_order_of_work, scored_texts
 from runner.types import (
     Completion,
     ErrorInfo,
@@ -25,6 +26,8 @@ from runner.types import (
     Request,
     RequestOutput,
     SamplingParams,
+    Score,
+    TokenLogprobs,
 )
 
 PromptLike: TypeAlias = str | Mapping[str, Any]
@@ -56,6 +59,10 @@ class LLM:
         max_batch_size: int = 32,
         prefill_step_size: int = 2048,
         prefix_cache_bytes: int = 2**28,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
+        max_kv_size: int | None = None,
         seed: int = 0,
     ) -> None:
         """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
@@ -79,11 +86,16 @@ class LLM:
             max_batch_size=max_batch_size,
             prefill_step_size=prefill_step_size,
             prefix_cache_bytes=prefix_cache_bytes,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            max_kv_size=max_kv_size,
             max_model_len=model.max_model_len,
             eos_token_ids=model.tokenizer.eos_token_ids,
             decode=self._decode,
         )
         self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
+        self._token_texts: dict[int, str] = {}
         self._num_calls = 0
         self._pending: dict[str, _Pending] = {}
 
@@ -137,6 +149,47 @@ class LLM:
         listed: list[Any] = [messages] if one else list(messages)
         prompts = [Prompt(messages=list(m), chat_template_kwargs=options) for m in listed]
         return self._run_in_order(prompts, sampling_params, use_tqdm)
+
+    def score(
+        self,
+        inputs: Sequence[ScoreInput],
+        *,
+        top_logprobs: int = 0,
+        entropy: bool = False,
+        use_tqdm: bool = True,
+    ) -> list[Score]:
+        """Log-probabilities of given texts in the model's own distribution, float32.
+
+        An input is a text, a list of token ids, or a tuple (context, continuation) of which the
+        continuation alone is scored; a list of continuations gives a score for each. The scores are
+        in the order of the inputs. `top_logprobs` alternatives come with each token, 0 to 100.
+
+        Raises:
+            PromptError: a text is empty, or does not fit the context.
+        """
+        scores = self.score_as_completed(inputs, top_logprobs=top_logprobs, entropy=entropy)
+        done: list[Score] = []
+        with Progress(None, enabled=use_tqdm) as progress:
+            for score in scores:
+                if score.error is not None:
+                    raise PromptError(f"input {score.index}: {score.error.message}")
+                done.append(score)
+                progress.advance(score.num_tokens)
+        return sorted(done, key=lambda score: (score.index, score.choice))
+
+    def score_as_completed(
+        self, inputs: Sequence[ScoreInput], *, top_logprobs: int = 0, entropy: bool = False
+    ) -> Iterator[Score]:
+        """Like `score`, but yields each score as it is there, longest texts first.
+
+        `index` and `choice` say whose it is; one that cannot be scored has `error` set.
+        """
+        if not 0 <= top_logprobs <= 100:
+            raise ParameterError(f"top_logprobs={top_logprobs} is not allowed: 0 to 100")
+        texts = in_order_of_work(scored_texts(inputs, self.tokenizer))
+        by_id = {text.request_id: text for text in texts}
+        requests = (text.request(num_top=top_logprobs, entropy=entropy) for text in texts)
+        return (by_id[output.request_id].score(output) for output in self.run(requests))
 
     def run(
         self,
@@ -230,6 +283,8 @@ class LLM:
                     params=params,
                     key=request.key,
                     bad_words_token_ids=self._bad_words_token_ids(params),
+                    logprobs_start=request.logprobs_start,
+                    prompt_entropy=request.prompt_entropy,
                 )
             )
         except RowError as error:
@@ -255,15 +310,31 @@ class LLM:
     def _finish(self, completion: Completion) -> RequestOutput | None:
         """Adds a sample to its request; the output once it has them all."""
         pending = self._pending[completion.request_id]
-        params, outputs = pending.request.params, pending.output.outputs
+        params, output = pending.request.params, pending.output
         completion.text = self._text(completion, params)
         if completion.logprobs is not None:
             completion.logprobs = [self._with_text(step) for step in completion.logprobs]
-        outputs.append(completion)
-        if len(outputs) < params.n:
+        output.outputs.append(completion)
+        if len(output.outputs) < params.n:
             return None
-        outputs.sort(key=lambda sample: sample.index)
+        output.outputs.sort(key=lambda sample: sample.index)
+        if (scored := completion.prompt_logprobs) is not None:
+            output.prompt_token_logprobs = scored
+            output.prompt_logprobs = self._prompt_logprobs(scored, output.prompt_token_ids)
         return self._pending.pop(completion.request_id).output
+
+    def _prompt_logprobs(
+        self, scored: TokenLogprobs, prompt_token_ids: list[int]
+    ) -> list[dict[int, Logprob] | None]:
+        """Each prompt token and its alternatives, in vLLM's shape."""
+        steps: list[dict[int, Logprob] | None] = [None] * scored.start
+        for place, token_id in enumerate(prompt_token_ids[scored.start :]):
+            step = {token_id: Logprob(scored.logprobs[place], scored.ranks[place])}
+            top = zip(scored.top_token_ids[place], scored.top_logprobs[place], strict=True)
+            for rank, (other, logprob) in enumerate(top, 1):
+                step.setdefault(other, Logprob(logprob, rank))
+            steps.append(self._with_text(step))
+        return steps
 
     def _text(self, completion: Completion, params: SamplingParams) -> str:
         """The text of a sample, without what ended it unless that is asked for."""
@@ -286,11 +357,15 @@ class LLM:
 
     def _with_text(self, step: dict[int, Logprob]) -> dict[int, Logprob]:
         return {
-            token_id: replace(
-                logprob, decoded_token=self._decode([token_id], skip_special_tokens=False)
-            )
+            token_id: replace(logprob, decoded_token=self._token_text(token_id))
             for token_id, logprob in step.items()
         }
+
+    def _token_text(self, token_id: int) -> str:
+        if token_id not in self._token_texts:
+            text = self._decode([token_id], skip_special_tokens=False)
+            self._token_texts[token_id] = text
+        return self._token_texts[token_id]
 
     def _decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         text: str = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)

@@ -45,12 +45,11 @@ class Progress:
         )
 
     def update(self, output: RequestOutput) -> None:
-        """Counts a finished row."""
-        num_tokens = sum(len(sample.token_ids) for sample in output.outputs)
-        self.advance(num_tokens, failed=output.error is not None)
+        """Counts a finished row; its tokens are those sampled, or else those scored."""
+        self.advance(output.num_useful_tokens, failed=output.error is not None)
 
-    def advance(self, num_tokens: int, *, failed: bool) -> None:
-        """Counts a finished row with `num_tokens` tokens of completions."""
+    def advance(self, num_tokens: int, *, failed: bool = False) -> None:
+        """Counts a finished row with so many useful tokens."""
         self.num_tokens += num_tokens
         self.num_errors += failed
         if not self._enabled:

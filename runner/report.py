@@ -1,5 +1,6 @@
 """What a finished run says: `summary.json` and a short table."""
 
+import functools
 import resource
 import sys
 from importlib.metadata import version
@@ -10,22 +11,25 @@ import mlx.core as mx
 
 from runner import __version__
 from runner.data import ResultWriter
-from runner.data.summary import summarize
 from runner.llm import LLM
 
 _PACKAGES = ("mlx", "mlx-lm", "transformers", "pyarrow")
 
 
-def summary(directory: Path, writer: ResultWriter, llm: LLM, *, seconds: float) -> dict[str, Any]:
-    """The content of `summary.json`: all results in the directory, and the speed of this run."""
+def summary(writer: ResultWriter, llm: LLM, *, total: int | None, seconds: float) -> dict[str, Any]:
+    """The content of `summary.json`: all results that are committed, and the speed of this run.
+
+    `total` is the number of input rows; None where only reading them all would tell.
+    """
     stats = llm.engine.stats
-    numbers = summarize(writer.part_paths)
-    return numbers | {
+    return writer.totals.report() | {
         "complete": writer.complete,
+        "total_rows": total,
         "run": {
             "seconds": seconds,
             "prompt_tokens": stats.num_prompt_tokens,
             "prefix_cached_tokens": stats.num_cached_tokens,
+            "scored_tokens": stats.num_scored_tokens,
             "completion_tokens": stats.num_completion_tokens,
             "tokens_per_second": stats.num_completion_tokens / seconds,
             "rows_per_hour": stats.num_requests / seconds * 3600,
@@ -41,8 +45,14 @@ def summary(directory: Path, writer: ResultWriter, llm: LLM, *, seconds: float) 
         },
         "device": llm.loaded.device,
         "blas": llm.loaded.blas.name,
-        "versions": {"mlx-runner": __version__} | {name: version(name) for name in _PACKAGES},
+        "versions": _versions(),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Looked up once: it reads a file of each package, and a summary comes with every commit."""
+    return {"mlx-runner": __version__} | {name: version(name) for name in _PACKAGES}
 
 
 def _peak_memory() -> int:
@@ -65,6 +75,8 @@ def print_report(numbers: dict[str, Any], directory: Path) -> None:
         "BLAS": numbers["blas"],
         "memory": f"{run['peak_memory_bytes'] / 2**30:.2f} GiB at most",
     }
+    if run["scored_tokens"]:
+        lines["scored"] = f"{run['scored_tokens']} tokens of the prompts"
     if reward is not None:
         lines["reward"] = f"{reward['mean']:.3f} ± {reward['std']:.3f}"
     print()

@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from runner.data.line_log import is_being_written
+from runner.data.lock import DirectoryLock
 from runner.errors import OutputError
 
 SUMMARY_FILE = "summary.json"
 _MANIFESTS = ("manifest.json", "manifest.jsonl", "batch.json")
-_LOCKED_FILES = (".lock", "output.jsonl")
-"""What a job holds a lock on while it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +73,7 @@ def _summary(directory: Path) -> dict[str, Any]:
 
 
 def _state(directory: Path, summary: dict[str, Any]) -> str:
-    if any(is_being_written(directory / name) for name in _LOCKED_FILES):
+    if DirectoryLock(directory).is_held:
         return "running"
     said = summary.get("state", "finished" if summary.get("complete") else "interrupted")
     return "interrupted" if said == "running" else str(said)

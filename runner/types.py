@@ -1,5 +1,6 @@
 """The nouns that every part of the package shares: plain dataclasses, standard library only."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -43,7 +44,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Drops tokens less likely than this fraction of the most likely one; 0 keeps all."""
     max_tokens: int | None = 16
-    """Tokens per completion at most; None fills the context."""
+    """Tokens per completion at most; None fills the context, 0 only scores the prompt."""
     seed: int | None = None
     """Seed of the draws; None takes the seed of the `LLM`."""
     stop: tuple[str, ...] = ()
@@ -58,6 +59,9 @@ class SamplingParams:
     """Leaves special tokens out of `text`; the token ids always hold them."""
     logprobs: int | None = None
     """Alternatives per token in `Completion.logprobs`; 0 gives the sampled token alone."""
+    prompt_logprobs: int | None = None
+    """Alternatives per prompt token in `RequestOutput.prompt_logprobs`; 0 gives the prompt's tokens
+    alone. Of the model's own distribution, whatever the other options say."""
     repetition_penalty: float = 1.0
     """Divides the positive logits of tokens that the prompt or the completion holds, and multiplies
     the negative ones; 1 changes nothing."""
@@ -88,15 +92,18 @@ class SamplingParams:
 
     def _checks(self) -> Iterable[tuple[str, bool, str]]:
         """Each field with whether its value is allowed, and what is."""
-        most = self.max_tokens
+        most, wanted = self.max_tokens, self.prompt_logprobs
+        only_scores = most == 0 and wanted is not None
+        some = "at least 1, null to fill the context, or 0 beside prompt_logprobs"
         return (
-            ("n", self.n >= 1, "at least 1"),
+            ("n", self.n == 1 or (self.n > 1 and most != 0), "at least 1, and 1 for max_tokens=0"),
             ("temperature", 0.0 <= self.temperature < float("inf"), "at least 0 and finite"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
             ("top_k", self.top_k >= -1, "at least 1, or 0 or -1 to keep all"),
             ("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            ("max_tokens", most is None or most >= 1, "at least 1, or null to fill the context"),
+            ("max_tokens", most is None or most >= 1 or only_scores, some),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 100, "between 0 and 100"),
+            ("prompt_logprobs", wanted is None or 0 <= wanted <= 100, "between 0 and 100"),
             ("stop", "" not in self.stop, "strings of at least one character"),
         )
 
@@ -140,6 +147,10 @@ class PromptRequest:
     params: SamplingParams
     key: str
     """With the seed and the sample index, decides every random draw of the request."""
+    logprobs_start: int = 1
+    """Where `params.prompt_logprobs` asks: the first prompt token that is scored."""
+    prompt_entropy: bool = False
+    """Where `params.prompt_logprobs` asks: the entropies as well."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +165,35 @@ class Request:
     """With `params.seed` and the sample index, decides every random draw of the request."""
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     """`params.bad_words`, tokenised: the last id of each may not follow the ones before it."""
+    logprobs_start: int = 1
+    """Where `params.prompt_logprobs` asks: the first prompt token that is scored; what comes before
+    it is context, which requests that begin alike share."""
+    prompt_entropy: bool = False
+    """Where `params.prompt_logprobs` asks: the entropies as well."""
+
+    def __post_init__(self) -> None:
+        length = len(self.prompt_token_ids)
+        assert 1 <= self.logprobs_start <= max(1, length), "nothing precedes a prompt's first token"
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether logprobs of prompt tokens are wanted."""
+        return self.params.prompt_logprobs is not None
+
+    @property
+    def needs_row(self) -> bool:
+        """Whether anything is to be sampled."""
+        return self.params.max_tokens != 0
+
+    @property
+    def num_scored(self) -> int:
+        """Prompt tokens whose logprob is wanted."""
+        return len(self.prompt_token_ids) - self.logprobs_start if self.is_scored else 0
+
+    @property
+    def num_context(self) -> int:
+        """Prompt tokens that have to be in the cache only: those whose logits nobody reads."""
+        return self.logprobs_start - 1 if self.is_scored else len(self.prompt_token_ids) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +205,29 @@ class Logprob:
     rank: int | None = None
     """1 for the most likely token of the vocabulary."""
     decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities of given tokens in the model's own distribution, an entry for each.
+
+    All of them natural logarithms, computed in float32.
+    """
+
+    start: int
+    """The first token's place in its prompt."""
+    logprobs: list[float]
+    ranks: list[int]
+    """1 for the most likely token of the vocabulary."""
+    top_token_ids: list[list[int]]
+    """The most likely tokens in the same place, as many as were asked for, best first."""
+    top_logprobs: list[list[float]]
+    entropies: list[float] | None = None
+    """In nats, of the distribution that the token is from; None where not asked for."""
+
+    def with_nulls(self) -> list[float | None]:
+        """The logprobs, an entry per token of the prompt, null for those before `start`."""
+        return [*[None] * self.start, *self.logprobs]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,6 +246,8 @@ class Completion:
     penalties, biases, temperature and truncation; at temperature 0, after penalties and biases."""
     logprobs: list[dict[int, Logprob]] | None = None
     """Where `SamplingParams.logprobs` asks: per token, the sampled one and the alternatives."""
+    prompt_logprobs: TokenLogprobs | None = None
+    """Where `SamplingParams.prompt_logprobs` asks: those of the prompt that the samples share."""
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended the row; None for end of sequence and length."""
@@ -211,6 +276,58 @@ class RequestOutput:
     """The text that was tokenised; None where the prompt came as token ids."""
     prompt_token_ids: list[int]
     outputs: list[Completion] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """Where `SamplingParams.prompt_logprobs` asks: per prompt token, itself and the alternatives;
+    None for the first, which nothing precedes."""
+    prompt_token_logprobs: TokenLogprobs | None = None
+    """The same as plain lists."""
     error: ErrorInfo | None = None
     """Set where the request could not be run; `outputs` is then empty."""
     finished: bool = True
+
+    @property
+    def num_useful_tokens(self) -> int:
+        """Tokens that were sampled, or else those of the prompt that were scored."""
+        sampled = sum(len(sample.token_ids) for sample in self.outputs)
+        scored = self.prompt_token_logprobs
+        return sampled or (len(scored.logprobs) if scored is not None else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """The log-probabilities of a text, or of a continuation of its context.
+
+    In the model's own distribution (natural logarithm, computed in float32), given all tokens that
+    come before. A list has an entry per token; one that nothing precedes has None.
+    """
+
+    index: int
+    """The place of the text, or of its context, in what was given."""
+    choice: int = 0
+    """Which of the context's continuations this is."""
+    token_ids: list[int]
+    """What is scored: the context's own tokens are not there."""
+    logprobs: list[float | None] = field(default_factory=list)
+    ranks: list[int | None] = field(default_factory=list)
+    """1 for the most likely token of the vocabulary."""
+    entropies: list[float | None] | None = None
+    """In nats, of the distribution that each token is from; None where not asked for."""
+    top_logprobs: list[dict[int, float] | None] | None = None
+    """The most likely tokens in each place, best first; None where not asked for."""
+    error: ErrorInfo | None = None
+    """Set where the text could not be scored; the lists are then empty."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that have a logprob."""
+        return sum(logprob is not None for logprob in self.logprobs)
+
+    @property
+    def sum_logprob(self) -> float:
+        """Sum of the logprobs: the log-likelihood."""
+        return math.fsum(logprob for logprob in self.logprobs if logprob is not None)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the most likely one in its place."""
+        return all(rank in (None, 1) for rank in self.ranks)

@@ -63,18 +63,21 @@ class Watch:
 
     def output(self, output: RequestOutput) -> None:
         """Counts a finished row."""
-        tokens = sum(len(sample.token_ids) for sample in output.outputs)
-        self.row(tokens, error=output.error.type if output.error else None)
+        error = output.error.type if output.error else None
+        self.row(output.num_useful_tokens, error=error)
 
     def row(self, num_tokens: int, *, error: str | None = None) -> None:
-        """Counts a finished row with `num_tokens` tokens of completions, or an error's type."""
+        """Counts a finished row with so many useful tokens, or an error's type."""
         self.num_rows += 1
         if error is not None:
             self.errors[error] += 1
         self._progress.advance(num_tokens, failed=error is not None)
 
     def committed(self, rows: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Reports that `rows` rows of the job are safe; `metrics` adds to the numbers."""
+        """Reports that `rows` rows of the job are safe; `metrics` adds to the numbers.
+
+        It may be called in the thread that commits, while another one counts rows.
+        """
         run = self.numbers("running")["run"]
         counts = {"rows": rows, "errors": self.errors.total()}
         reported = run | counts | dict(metrics or {})

@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config"},
-    {"engine", "models", "data", "rewards", "prompts", "progress", "interrupt"}
+    {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"overrides", "run_log", "trackers"},
-    {"llm", "openai", "status", "watch"},
-    {"report", "server"},
+    {"identity", "llm", "openai", "status", "watch"},
+    {"report", "result_rows", "rows", "server"},
     {"job"},
     {"jobs"},
     {"cli", "arguments", "composition", "config_errors", "help"},

@@ -68,17 +68,21 @@ def as_requests(workload: list[tuple[list[int], dict]]) -> list[Request]:
     return [request(prompt, f"r{i}", **params) for i, (prompt, params) in enumerate(workload)]
 
 
-@pytest.mark.parametrize("model", [MODEL, WINDOWED, HYBRID], ids=["full", "sliding", "hybrid"])
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [(MODEL, {}), (WINDOWED, {}), (HYBRID, {}), (WINDOWED, {"max_kv_size": 9})],
+    ids=["full", "sliding", "hybrid", "bounded"],
+)
 @settings(max_examples=25)
 @given(workload=workloads, sizes=sizes)
-def test_batched_equals_alone_by_a_naive_forward(model, workload, sizes):
+def test_batched_equals_alone_by_a_naive_forward(model, options, workload, sizes):
     """Law 1, against an implementation that shares no code with the engine."""
     requests = as_requests(workload)
-    done = run(make_engine(model, **sizes), requests)
+    done = run(make_engine(model, **sizes, **options), requests)
     assert len(done) == sum(r.params.n for r in requests)
     for r in requests:
         for index in range(r.params.n):
-            assert_same(done[r.request_id, index], naive_sample(model, r, index))
+            assert_same(done[r.request_id, index], naive_sample(model, r, index, **options))
 
 
 @settings(max_examples=25)

@@ -8,11 +8,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models.llama import Model, ModelArgs
+from naive_cache import naive_caches
 
 from runner.engine.engine import Engine
 from runner.engine.sampler import uniforms
 from runner.engine.sequence import stream_key
-from runner.types import Completion, Request, SamplingParams
+from runner.types import Completion, Request, SamplingParams, TokenLogprobs
 
 VOCAB_SIZE = 97
 EOS = 2
@@ -51,6 +52,8 @@ def request(
     request_id: str = "r",
     key: str | None = None,
     bad_words_token_ids: Sequence[Sequence[int]] = (),
+    logprobs_start: int = 1,
+    prompt_entropy: bool = False,
     **params: Any,
 ) -> Request:
     """A request whose key is its id, with seed 0, unless said otherwise."""
@@ -60,6 +63,8 @@ def request(
         params=SamplingParams(**({"seed": 0, "max_tokens": 12} | params)),
         key=key or request_id,
         bad_words_token_ids=bad_words_token_ids,
+        logprobs_start=logprobs_start,
+        prompt_entropy=prompt_entropy,
     )
 
 
@@ -120,7 +125,7 @@ def naive_logits(logits: np.ndarray, request: Request, generated: list[int]) -> 
     return np.array(changed)
 
 
-def naive_sample(model: nn.Module, request: Request, index: int) -> Completion:
+def naive_sample(model: nn.Module, request: Request, index: int, **kv_options: Any) -> Completion:
     """One sample by a full forward per token: no cache, no batch, the draw in float64."""
     params, ids = request.params, list(request.prompt_token_ids)
     stream = np.array([stream_key(params.seed or 0, request.key, index)], np.uint64)
@@ -134,7 +139,8 @@ def naive_sample(model: nn.Module, request: Request, index: int) -> Completion:
     )
     assert params.max_tokens is not None
     for position in range(params.max_tokens):
-        logits = np.array(model(mx.array([ids]))[0, -1])
+        caches = {"cache": naive_caches(model, **kv_options)} if kv_options else {}
+        logits = np.array(model(mx.array([ids]), **caches)[0, -1])
         raw = naive_distribution(logits, SamplingParams(temperature=1.0))
         changed = naive_logits(logits, request, done.token_ids)
         processed = naive_distribution(changed, params)
@@ -150,3 +156,39 @@ def naive_sample(model: nn.Module, request: Request, index: int) -> Completion:
             done.stop_reason = token_id if token_id in params.stop_token_ids else None
             break
     return done
+
+
+def naive_prompt_logprobs(model: nn.Module, request: Request) -> TokenLogprobs:
+    """What a request asks of its prompt, by one full forward and float64, token by token."""
+    ids, num_top = list(request.prompt_token_ids), request.params.prompt_logprobs or 0
+    logits = np.array(model(mx.array([ids]))[0].astype(mx.float32)).astype(np.float64)
+    scored: dict[str, list[Any]] = {name: [] for name in ("logprobs", "ranks", "ids", "top")}
+    entropies = []
+    for place in range(request.logprobs_start, len(ids)):
+        row = logits[place - 1]
+        logprobs = row - row.max() - np.log(np.exp(row - row.max()).sum())
+        order = np.argsort(-logprobs)[:num_top]
+        scored["logprobs"].append(float(logprobs[ids[place]]))
+        scored["ranks"].append(1 + int((logprobs > logprobs[ids[place]]).sum()))
+        scored["ids"].append(order.tolist())
+        scored["top"].append(logprobs[order].tolist())
+        entropies.append(float(-(np.exp(logprobs) * logprobs).sum()))
+    return TokenLogprobs(
+        start=request.logprobs_start,
+        logprobs=scored["logprobs"],
+        ranks=scored["ranks"],
+        top_token_ids=scored["ids"],
+        top_logprobs=scored["top"],
+        entropies=entropies if request.prompt_entropy else None,
+    )
+
+
+def assert_scored(one: TokenLogprobs | None, other: TokenLogprobs) -> None:
+    """The same tokens, ranks and alternatives, and numbers within float32 rounding."""
+    assert one is not None and (one.start, one.ranks) == (other.start, other.ranks)
+    assert one.top_token_ids == other.top_token_ids
+    pairs = [(one.logprobs, other.logprobs), (one.entropies, other.entropies)]
+    pairs += list(zip(one.top_logprobs, other.top_logprobs, strict=True))
+    for ours, theirs in pairs:
+        assert (ours is None) == (theirs is None)
+        np.testing.assert_allclose(ours or [], theirs or [], atol=1e-4)

@@ -4,10 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from runner.data.background import WriteBehind as WriteBehind
+    from runner.data.background import read_ahead as read_ahead
     from runner.data.readers import Dataset as Dataset
     from runner.data.writers import ResultWriter as ResultWriter
 
-_PUBLIC = {"Dataset": "runner.data.readers", "ResultWriter": "runner.data.writers"}
+_PUBLIC = {
+    "Dataset": "runner.data.readers",
+    "ResultWriter": "runner.data.writers",
+    "WriteBehind": "runner.data.background",
+    "read_ahead": "runner.data.background",
+}
 __all__ = sorted(_PUBLIC)
 
 

@@ -9,8 +9,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from runner.data.durable import replace_file
+from runner.data.durable import replace_file, stopping
 from runner.data.line_log import LineLog
+from runner.data.lock import DirectoryLock
 from runner.data.openai_batch import BadLine, BatchFile, BatchLine
 from runner.errors import DataError, OutputError
 
@@ -49,6 +50,8 @@ class BatchResults:
         self._logs = {name: LineLog(directory / name) for name in (OUTPUT_FILE, ERROR_FILE)}
         self._num_waiting = 0
         self._committed = time.monotonic()
+        self._lock = DirectoryLock(directory)
+        self._lock.check()
         before = self._identity_there()
         self._read()
         differences = _differences(before, self._identity)
@@ -86,12 +89,21 @@ class BatchResults:
         return total, done
 
     def start(self) -> None:
-        """Claims the directory; until then nothing is written."""
+        """Claims the directory; until then nothing is written.
+
+        Raises OutputError where another process is in it, StoppedError where the disk refuses.
+        """
+        self._lock.acquire()
         for log in self._logs.values():
             log.open()
         content = {"format_version": _FORMAT_VERSION, "identity": self._identity}
-        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-        replace_file(self.directory / BATCH_FILE, lambda file: _write(file, text))
+        self.save(BATCH_FILE, json.dumps(content, indent=2, sort_keys=True) + "\n")
+        self.commit()
+
+    def save(self, name: str, text: str) -> None:
+        """Writes a file whole or not at all; raises StoppedError where the disk refuses."""
+        with stopping(self.directory):
+            replace_file(self.directory / name, lambda file: _write(file, text))
 
     def write(self, answer: Mapping[str, Any]) -> bool:
         """Takes a line, an error if it says so; whether it was time to commit."""
@@ -118,8 +130,11 @@ class BatchResults:
 
     def close(self) -> None:
         """Commits, and lets go of the directory."""
-        for log in self._logs.values():
-            log.close()
+        try:
+            for log in self._logs.values():
+                log.close()
+        finally:
+            self._lock.release()
 
     def _read(self) -> None:
         for custom_id, _ in self._own_lines(OUTPUT_FILE):

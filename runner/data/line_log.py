@@ -1,6 +1,5 @@
 """A file of lines that is only ever appended to, by one process at a time."""
 
-import fcntl
 import os
 from collections.abc import Iterator
 from io import FileIO
@@ -39,23 +38,20 @@ class LineLog:
                 yield line[:-1]
 
     def open(self) -> None:
-        """Begins to append, after what `read` saw; raises `OutputError` where another process does.
+        """Begins to append, after what `read` saw.
 
-        The lock is on the file itself and ends with the process that holds it. That the file is
-        there at all is for good once its directory is flushed too.
+        The caller keeps other processes out; raises `OutputError` where one has written since, and
+        `StoppedError` where the disk refuses.
         """
-        file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         except OSError as error:
-            file.close()
-            raise OutputError(f"{self.path}: another process is writing it") from error
+            raise self._stopped(error) from error
         if os.fstat(file.fileno()).st_size != self._size:
             file.close()
             raise OutputError(f"{self.path}: another process has written it; start again")
         file.truncate(self._num_whole)
         self._file = file
-        self.commit()
 
     def append(self, line: bytes) -> None:
         """Adds a line, which counts for good from the next `commit` on.
@@ -91,15 +87,3 @@ class LineLog:
     def _stopped(self, error: OSError) -> StoppedError:
         advice = "once that is mended, the same command goes on from here"
         return StoppedError(f"{self.path}: {error.strerror}; {advice}")
-
-
-def is_being_written(path: Path) -> bool:
-    """Whether a living process appends to a log, asked without disturbing it."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from runner.data.formats import ArrowRows, ParquetRows, RowFile
 from runner.data.jsonl import JsonlRows
+from runner.data.manifest import MANIFEST_FILE
 from runner.data.sources import FileSource, Source
 from runner.errors import DataError, ParameterError
 
@@ -33,7 +34,8 @@ def open_rows(path: Path) -> RowFile:
 
 
 def _is_rows_file(path: Path) -> bool:
-    return path.name.endswith(tuple(_OPENERS)) and not path.name.startswith(".")
+    is_rows = path.name.endswith(tuple(_OPENERS)) and path.name != MANIFEST_FILE
+    return is_rows and not path.name.startswith(".")
 
 
 def open_source(path: str, *, name: str | None, split: str | None) -> Source:

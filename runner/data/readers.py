@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from runner.data.locations import open_source
+from runner.data.sources import FileSource
 from runner.errors import DataError, ParameterError
 
 _PROMPT_OPTIONS = ("prompt_column", "messages_column", "token_ids_column", "prompt_template")
@@ -112,6 +113,16 @@ class Dataset:
             return None
         left = max(total - self.offset, 0)
         return left if self.limit is None else min(left, self.limit)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the rows lie in files here, so that reading them once more is cheap."""
+        return isinstance(self._source, FileSource)
+
+    @property
+    def fingerprint(self) -> list[list[Any]] | None:
+        """Name, size and time of change of each file; None where there are no local files."""
+        return self._source.fingerprint if isinstance(self._source, FileSource) else None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields every row as a dict with all columns; may be called again."""

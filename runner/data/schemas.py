@@ -22,6 +22,11 @@ RESULT_FIELDS: tuple[pa.Field, ...] = (
         pa.list_(pa.float32()),
         metadata={"distribution": "model: before temperature and truncation"},
     ),
+    pa.field(
+        "prompt_logprobs",
+        pa.list_(pa.float32()),
+        metadata={"distribution": "model: of each prompt token, null for the first"},
+    ),
     pa.field("finish_reason", pa.string()),
     pa.field("stop_reason", pa.string()),
     pa.field("temperature", pa.float64()),

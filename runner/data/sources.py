@@ -39,6 +39,8 @@ class FileSource:
         self._files = files
         self.schema = _unified(files)
         self.num_rows: int | None = sum(file.num_rows for file in files)
+        stats = [(file.path.name, file.path.stat()) for file in files]
+        self.fingerprint = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
     def rows(self, *, offset: int, limit: int | None, shuffle_seed: int | None) -> Iterator[Row]:
         """Yields rows, shuffled first, then from `offset`, at most `limit`."""

@@ -1,36 +1,58 @@
-"""Numbers over the committed rows of an output directory, read part by part."""
+"""Numbers over result rows that can be added up part by part."""
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_COLUMNS = ("row_id", "completion_token_ids", "finish_reason", "reward", "error")
 
-
-@dataclass
-class _Moments:
-    """Running count, mean and spread of numbers (Welford, 1962)."""
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Count, mean and spread of numbers, kept so that two of them can be added."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
-    least: float = math.inf
-    most: float = -math.inf
+    """Sum of the squared distances from the mean."""
+    least: float | None = None
+    most: float | None = None
 
-    def add(self, value: float) -> None:
-        self.count += 1
-        delta = value - self.mean
-        self.mean += delta / self.count
-        self.squares += delta * (value - self.mean)
-        self.least, self.most = min(self.least, value), max(self.most, value)
+    @classmethod
+    def of(cls, column: pa.ChunkedArray) -> "Moments":
+        """Those of a column's numbers, nulls left out."""
+        values = column.drop_null().to_numpy()
+        if not len(values):
+            return cls()
+        mean = float(values.mean())
+        return cls(
+            count=len(values),
+            mean=mean,
+            squares=float(np.square(values - mean).sum()),
+            least=float(values.min()),
+            most=float(values.max()),
+        )
 
-    def as_dict(self) -> dict[str, float] | None:
+    def __add__(self, other: "Moments") -> "Moments":
+        """Those of both (Chan, Golub and LeVeque, 1979)."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        assert self.least is not None and self.most is not None
+        assert other.least is not None and other.most is not None
+        count, delta = self.count + other.count, other.mean - self.mean
+        return Moments(
+            count=count,
+            mean=self.mean + delta * other.count / count,
+            squares=self.squares + other.squares + delta**2 * self.count * other.count / count,
+            least=min(self.least, other.least),
+            most=max(self.most, other.most),
+        )
+
+    def report(self) -> dict[str, float | None] | None:
         """Mean, population standard deviation, least and most; None without numbers."""
         if not self.count:
             return None
@@ -38,37 +60,71 @@ class _Moments:
         return {"mean": self.mean, "std": std, "min": self.least, "max": self.most}
 
 
-@dataclass
-class _Totals:
-    num_samples: int = 0
-    num_tokens: int = 0
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Counts of rows, samples, tokens, errors and finish reasons, and the reward's moments."""
+
+    rows: int = 0
+    """Input rows."""
+    samples: int = 0
+    completion_tokens: int = 0
     finish_reasons: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
-    reward: _Moments = field(default_factory=_Moments)
-    row_ids: set[str] = field(default_factory=set)
+    reward: Moments = field(default_factory=Moments)
 
-    def add(self, table: pa.Table) -> None:
-        self.num_samples += table.num_rows
-        lengths = pc.list_value_length(table["completion_token_ids"])
-        self.num_tokens += pc.sum(lengths).as_py() or 0
-        self.finish_reasons.update(table["finish_reason"].drop_null().to_pylist())
-        self.errors.update(error["type"] for error in table["error"].drop_null().to_pylist())
-        self.row_ids.update(table["row_id"].to_pylist())
-        for reward in table["reward"].drop_null().to_pylist():
-            self.reward.add(reward)
+    @classmethod
+    def of(cls, table: pa.Table) -> "Totals":
+        """Those of result rows; the samples of an input row follow one another."""
+        errors = table["error"].drop_null().to_pylist()
+        return cls(
+            rows=num_groups(table),
+            samples=table.num_rows,
+            completion_tokens=pc.sum(pc.list_value_length(table["completion_token_ids"])).as_py()
+            or 0,
+            finish_reasons=Counter(table["finish_reason"].drop_null().to_pylist()),
+            errors=Counter(error["type"] for error in errors),
+            reward=Moments.of(table["reward"]),
+        )
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Totals":
+        """Takes back what `as_json` gave."""
+        plain = dict(content)
+        reasons, errors = Counter(plain.pop("finish_reasons")), Counter(plain.pop("errors"))
+        reward = Moments(**plain.pop("reward"))
+        return cls(finish_reasons=reasons, errors=errors, reward=reward, **plain)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything that adding needs."""
+        counters = {"finish_reasons": dict(self.finish_reasons), "errors": dict(self.errors)}
+        return vars(self) | counters | {"reward": asdict(self.reward)}
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(
+            rows=self.rows + other.rows,
+            samples=self.samples + other.samples,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            finish_reasons=self.finish_reasons + other.finish_reasons,
+            errors=self.errors + other.errors,
+            reward=self.reward + other.reward,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """The numbers as `summary.json` has them."""
+        return {
+            "rows": self.rows,
+            "samples": self.samples,
+            "completion_tokens": self.completion_tokens,
+            "finish_reasons": dict(self.finish_reasons.most_common()),
+            "errors": dict(self.errors.most_common()),
+            "reward": self.reward.report(),
+        }
 
 
-def summarize(parts: Iterable[Path]) -> dict[str, Any]:
-    """Counts of rows, samples, tokens, errors and finish reasons, and the spread of the reward."""
-    totals = _Totals()
-    for part in parts:
-        with pa.memory_map(str(part)) as file:
-            totals.add(pa.ipc.open_file(file).read_all().select(_COLUMNS))
-    return {
-        "rows": len(totals.row_ids),
-        "samples": totals.num_samples,
-        "completion_tokens": totals.num_tokens,
-        "finish_reasons": dict(totals.finish_reasons.most_common()),
-        "errors": dict(totals.errors.most_common()),
-        "reward": totals.reward.as_dict(),
-    }
+def num_groups(table: pa.Table) -> int:
+    """Runs of equal row ids, which is how many input rows the result rows come from."""
+    row_ids = table["row_id"].combine_chunks()
+    if len(row_ids) < 2:
+        return len(row_ids)
+    changes = pc.not_equal(row_ids.slice(1), row_ids.slice(0, len(row_ids) - 1))
+    return 1 + int(pc.sum(changes).as_py())

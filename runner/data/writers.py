@@ -1,26 +1,36 @@
-"""Result rows to Arrow files, so that a killed job loses at most the part it was filling."""
+"""Result rows to Arrow files: none is lost, none is there twice, whenever the process ends."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
-from runner.data.durable import replace_file
-from runner.data.manifest import Manifest, Part
-from runner.errors import OutputError, ParameterError
+from runner.data.digests import RowIds
+from runner.data.directory import OutputDirectory
+from runner.data.error_rate import ErrorRate
+from runner.data.merge import MergeFormat
+from runner.data.summary import Totals
+from runner.errors import ParameterError
 
-PART_PATTERN = "part-*.arrow"
+_CONVERTED_ROWS = 128
+"""Rows that are held as Python objects, which take several times the memory of Arrow's."""
 
 
 class ResultWriter:
     """Appends groups of rows to `dir` as Arrow IPC files `part-00000.arrow`, ….
 
-    `shard_rows` is how many rows fill a part; a group is never split, so a part may hold more.
-    `schema` is that of the rows, `identity` the flat options that decide results. A directory
-    with results of the same identity is continued: `done_rows` holds the row ids it has, and
-    `complete` says whether it has all. Any other results raise `OutputError`.
+    A group is the rows of one input row, all with its `row_id`; it is never split. `shard_rows` is
+    how many rows fill a part, `commit_seconds` how long a row waits for that at most. `schema` is
+    that of the rows, `identity` the flat options that decide results.
+
+    A directory with results of the same identity is continued: `done_rows` holds the row ids it
+    has, and `complete` says whether it has all. Rows of a part that is damaged or gone are not
+    among them; with `retry_errors`, nor are those with an error, which stay until their
+    replacement is committed. Any other results raise `OutputError`, unless `overwrite` says that
+    they go. More than `max_error_rate` of a run's rows with errors raise `StoppedError`.
+    `merge`, `merge_format` and `merge_rows` are for the job, which merges at its end.
     """
 
     def __init__(
@@ -28,144 +38,139 @@ class ResultWriter:
         *,
         dir: str | Path,
         shard_rows: int = 4096,
+        commit_seconds: float = 60.0,
+        overwrite: bool = False,
+        retry_errors: bool = False,
+        max_error_rate: float = 0.01,
+        merge: bool = False,
+        merge_format: str = "arrow",
+        merge_rows: int | None = None,
         schema: pa.Schema,
         identity: Mapping[str, Any],
     ) -> None:
         if shard_rows < 1:
             raise ParameterError(f"shard_rows={shard_rows!r} is not allowed: at least 1")
+        if not commit_seconds > 0:
+            raise ParameterError(f"commit_seconds={commit_seconds!r} is not allowed: above 0")
         self.directory = Path(dir)
         self.shard_rows = shard_rows
+        self.commit_seconds = commit_seconds
         self.schema = schema
-        self._manifest = self._opened(identity)
-        self._buffer: list[pa.RecordBatch] = []
+        self.merge = merge
+        self.merge_format = MergeFormat(merge_format, rows=merge_rows)
+        self._error_rate = ErrorRate(max_error_rate, can_retry=True)
+        self._output = OutputDirectory(
+            self.directory,
+            schema=schema,
+            identity=identity,
+            overwrite=overwrite,
+            retry_errors=retry_errors,
+        )
+        self._rows: list[Mapping[str, Any]] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._num_buffered = 0
+        self._oldest = 0.0
         self._is_open = False
-        self.done_rows: set[str] = set()
-        for part in self._manifest.parts:
-            self._check_schema(part)
-            self.done_rows.update(self._row_ids(part))
 
     @property
     def complete(self) -> bool:
-        """Whether the directory holds every row of its job."""
-        return self._manifest.complete
+        """Whether the directory holds every row of its job, and none that is to be done again."""
+        return self._output.complete
+
+    @property
+    def input(self) -> Any:
+        """What `close` was told about the input when the directory became complete."""
+        return self._output.manifest.input
+
+    @property
+    def done_rows(self) -> RowIds:
+        """The row ids that are committed, and are not to be done again."""
+        return self._output.done_rows
+
+    @property
+    def totals(self) -> Totals:
+        """The counts over what is committed, for `summary.json`."""
+        return self._output.totals
 
     @property
     def num_rows(self) -> int:
-        """Rows committed so far."""
-        return sum(part.rows for part in self._manifest.parts)
+        """Result rows committed so far."""
+        return self.totals.samples
 
     @property
     def part_paths(self) -> list[Path]:
         """The committed files, in the order they were written."""
-        return [self.directory / part.file for part in self._manifest.parts]
+        return [self.directory / part.file for part in self._output.manifest.parts]
+
+    @property
+    def seconds_left(self) -> float:
+        """Seconds until what is buffered is due to be committed; `commit_seconds` for nothing."""
+        waited = time.monotonic() - self._oldest if self._num_buffered else 0.0
+        return max(self.commit_seconds - waited, 0.0)
+
+    def lock(self) -> None:
+        """Makes the directory and keeps other processes out of it until `close`.
+
+        Raises OutputError where one is in it.
+        """
+        self._output.lock()
 
     def start(self) -> None:
-        """Claims the directory; until then nothing is written.
-
-        Before the first part: a part without a manifest would be taken for someone else's.
-        """
-        if not self._manifest.parts:
-            self._manifest.save(self.directory)
+        """Claims the directory; until then nothing is written but the lock."""
+        self._output.start()
         self._is_open = True
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes the rows of one group; commits once `shard_rows` are buffered.
+        """Takes the rows of one group; commits what is due.
 
         A row that does not fit the schema is a bug of the caller and raises what Arrow raises.
         """
         assert self._is_open, "writing comes after start() and before close()"
         unknown = {key for row in rows for key in row} - set(self.schema.names)
         assert not unknown, f"not in the schema of the results: {sorted(unknown)}"
-        if rows:
-            self._buffer.append(pa.RecordBatch.from_pylist(list(rows), schema=self.schema))
-        if sum(batch.num_rows for batch in self._buffer) >= self.shard_rows:
+        if self._output.has_failed or not rows:
+            return
+        if not self._num_buffered:
+            self._oldest = time.monotonic()
+        self._rows += rows
+        self._num_buffered += len(rows)
+        if len(self._rows) >= _CONVERTED_ROWS:
+            self._convert()
+        if self._num_buffered >= self.shard_rows:
+            self.commit()
+        self.commit_if_due()
+        self._error_rate.add(next((row["error"] for row in rows if row.get("error")), None))
+
+    def commit_if_due(self) -> None:
+        """Commits what has been buffered for `commit_seconds`."""
+        if self._num_buffered and not self.seconds_left:
             self.commit()
 
     def commit(self) -> None:
-        """Makes what is buffered a part of its own: on disk, and in the manifest, for good."""
-        if not self._buffer:
+        """Makes what is buffered a part of its own: on disk, and in the manifest, for good.
+
+        Raises StoppedError where the directory cannot be written.
+        """
+        if not self._num_buffered or self._output.has_failed:
             return
-        table = pa.Table.from_batches(self._buffer, schema=self.schema).combine_chunks()
-        part = Part(file=f"part-{len(self._manifest.parts):05d}.arrow", rows=table.num_rows)
-        replace_file(self.directory / part.file, lambda file: _write_table(file, table))
-        self._manifest.parts.append(part)
-        self._manifest.complete = False
-        self._manifest.save(self.directory)
-        self.done_rows.update(table["row_id"].to_pylist())
-        self._buffer = []
+        self._convert()
+        self._output.add(pa.Table.from_batches(self._batches, schema=self.schema))
+        self._batches, self._num_buffered = [], 0
 
-    def close(self, *, complete: bool) -> None:
-        """Commits what is buffered; `complete` says that no row of the job is missing."""
-        self.commit()
-        self._is_open = False
-        if self._manifest.complete != complete:
-            self._manifest.complete = complete
-            self._manifest.save(self.directory)
+    def close(self, *, complete: bool, input: Any = None) -> None:
+        """Commits what is buffered; `complete` says that no row of the job is missing.
 
-    def _opened(self, identity: Mapping[str, Any]) -> Manifest:
-        manifest = Manifest.load(self.directory)
-        if manifest is None:
-            return self._started(identity)
-        differences = manifest.differences(identity)
-        if differences and not manifest.parts:
-            return self._started(identity)
-        if differences:
-            raise OutputError(
-                f"{self.directory}: holds results of other options ({'; '.join(differences)}); "
-                "choose another directory or the same options"
-            )
-        return manifest
-
-    def _started(self, identity: Mapping[str, Any]) -> Manifest:
+        input: what the input looked like, as JSON values; a later run may compare it.
+        """
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.directory}: cannot be made a directory: {error}") from error
-        if any(self.directory.glob(PART_PATTERN)):
-            raise OutputError(
-                f"{self.directory}: holds {PART_PATTERN} files without a manifest; "
-                "choose another directory"
-            )
-        return Manifest(identity=dict(identity))
+            if self._is_open:
+                self.commit()
+                self._output.finish(complete=complete, input=input)
+        finally:
+            self._is_open = False
+            self._output.unlock()
 
-    def _check_schema(self, part: Part) -> None:
-        with self._reading(part) as file:
-            there = pa.ipc.open_file(file).schema
-        if there.equals(self.schema):
-            return
-        old, new = (dict(zip(s.names, s.types, strict=True)) for s in (there, self.schema))
-        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        shown = "; ".join(f"{name}: {old.get(name)} -> {new.get(name)}" for name in names)
-        raise OutputError(
-            f"{self.directory}: holds results with other columns ({shown or 'in another order'}); "
-            "choose another directory or the same input"
-        )
-
-    def _row_ids(self, part: Part) -> list[str]:
-        only = pa.ipc.IpcReadOptions(included_fields=[self.schema.get_field_index("row_id")])
-        with self._reading(part) as file:
-            table = pa.ipc.open_file(file, options=only).read_all()
-            row_ids: list[str] = table["row_id"].to_pylist()
-        if len(row_ids) != part.rows:
-            raise OutputError(
-                f"{self.directory / part.file}: holds {len(row_ids)} rows, its manifest says "
-                f"{part.rows}; choose another directory"
-            )
-        return row_ids
-
-    @contextmanager
-    def _reading(self, part: Part) -> Iterator[Any]:
-        path = self.directory / part.file
-        try:
-            with pa.memory_map(str(path)) as file:
-                yield file
-        except (OSError, pa.ArrowException) as error:
-            raise OutputError(
-                f"{path}: its manifest lists it, but it cannot be read ({error}); "
-                "choose another directory"
-            ) from error
-
-
-def _write_table(file: BinaryIO, table: pa.Table) -> None:
-    with pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
+    def _convert(self) -> None:
+        """Frees the Python objects of the buffered rows."""
+        rows, self._rows = self._rows, []
+        self._batches.append(pa.RecordBatch.from_pylist(rows, schema=self.schema))

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from runner.engine.logits_processors import LogitsProcessors
-from runner.engine.sampler import Samples, SamplingTable, uniforms
+from runner.engine.sampler import Sampler, Samples, SamplingTable, uniforms
 from runner.engine.sequence import Draw, Sequence
 from runner.types import Logprob
 
@@ -20,7 +21,7 @@ class InFlight:
 
     def read(self) -> list[tuple[Sequence, Draw]]:
         """Waits for the step; what it drew for each of its rows."""
-        packed = np.array(self.samples.packed)
+        packed = np.asarray(self.samples.packed)
         floats = packed.view(np.float32)
         return [(s, _draw(packed[row], floats[row], s)) for row, s in self.rows]
 
@@ -48,6 +49,7 @@ class Batch:
         self._vocab_size = vocab_size
         self.rows: list[Sequence | None] = []
         self._token_ids = mx.zeros((0,), mx.int32)
+        self._sampler = Sampler()
         self._table: SamplingTable | None = None
         self._processors: LogitsProcessors | None = None
 
@@ -108,18 +110,18 @@ class Batch:
         last = [s.request.prompt_token_ids[-1] if s is not None else 0 for s in self.rows]
         return mx.where(mx.array(fresh), mx.array(last, mx.int32), sampled)
 
-    def sampling(self) -> tuple[SamplingTable, LogitsProcessors | None]:
-        """The sampling parameters of the rows, and what changes their logits."""
+    def sample(self, logits: mx.array) -> Samples:
+        """Draws each row's next token from `logits`, (B, V), as its parameters say."""
         if self._table is None:
             params = [s.request.params if s is not None else None for s in self.rows]
-            self._table = SamplingTable.build(params, self._vocab_size)
+            self._table = self._sampler.table(params, self._vocab_size)
             self._processors = LogitsProcessors.build(
                 self.rows, self._vocab_size, before=self._processors
             )
-        return self._table, self._processors
+        return self._sampler.sample(logits, self._table, self._uniforms(), self._processors)
 
-    def uniforms(self) -> mx.array:
-        """(B,) float32: each row's uniform for its next draw."""
+    def _uniforms(self) -> npt.NDArray[np.float32]:
+        """(B,): each row's uniform for its next draw."""
         streams = np.array([s.stream if s is not None else 0 for s in self.rows], np.uint64)
         counters = np.array([s.num_launched if s is not None else 0 for s in self.rows], np.uint64)
         return uniforms(streams, counters)

@@ -2,12 +2,11 @@
 
 from collections.abc import Collection, Iterable, Iterator
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from runner.engine.batch import Batch, InFlight
+from runner.engine.kv_options import KVOptions
 from runner.engine.model_runner import ModelRunner, Prefill, ReadyPrompt
-from runner.engine.sampler import sample
 from runner.engine.scheduler import Scheduler
 from runner.engine.sequence import Sequence
 from runner.engine.stats import EngineStats
@@ -31,6 +30,10 @@ class Engine:
         prefill_step_size: int = 2048,
         prefix_cache_bytes: int = 2**28,
         max_model_len: int | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
+        max_kv_size: int | None = None,
         eos_token_ids: Collection[int] = (),
         decode: Decode | None = None,
     ) -> None:
@@ -43,35 +46,43 @@ class Engine:
             prefix_cache_bytes: keys, values and states kept for prompts that begin like an earlier
                 one; 0 keeps none.
             max_model_len: tokens of prompt and completion together; None for no limit.
+            kv_bits, kv_group_size, quantized_kv_start, max_kv_size: coarser or fewer keys and
+                values, as `EngineConfig` says; these change results.
             eos_token_ids: tokens that end every row that does not set `ignore_eos`.
             decode: token ids -> text; needed for stop strings alone.
 
         Raises:
             ModelError: a layer of the model keeps a kind of past that is not covered, or the model
                 is one of those that are wrong in a padded batch.
-            ParameterError: a size is below 1.
+            ParameterError: a size is below 1, or an option does not suit the model.
         """
-        for name, size, least in (
-            ("max_batch_size", max_batch_size, 1),
-            ("prefill_step_size", prefill_step_size, 1),
-            ("prefix_cache_bytes", prefix_cache_bytes, 0),
-            ("max_model_len", 1 if max_model_len is None else max_model_len, 1),
-        ):
-            if size < least:
-                raise ParameterError(f"{name}={size} is not allowed: at least {least}")
+        _check_sizes(max_batch_size, prefill_step_size, prefix_cache_bytes, max_model_len)
         self.max_batch_size = max_batch_size
         self.max_model_len = max_model_len
         self.stats = EngineStats()
         self._decode = decode
         self._runner = ModelRunner(
-            model, prefill_step_size=prefill_step_size, prefix_cache_bytes=prefix_cache_bytes
+            model,
+            prefill_step_size=prefill_step_size,
+            prefix_cache_bytes=prefix_cache_bytes,
+            kv_options=KVOptions(
+                kv_bits=kv_bits,
+                kv_group_size=kv_group_size,
+                quantized_kv_start=quantized_kv_start,
+                max_kv_size=max_kv_size,
+            ),
         )
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
         self._eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
-        self._scheduler = Scheduler(max_batch_size=max_batch_size)
+        self._scheduler = Scheduler(
+            max_batch_size=max_batch_size,
+            max_scored_tokens=prefill_step_size,
+            max_scored_positions=self._runner.max_scored_positions,
+        )
         self._batch = Batch(max_batch_size=max_batch_size, vocab_size=self._runner.vocab_size)
         self._prefill: Prefill | None = None
         self._ready: list[ReadyPrompt] = []
+        self._scored: list[ReadyPrompt] = []
         self._in_flight: InFlight | None = None
         self._aborting: set[str] = set()
 
@@ -83,7 +94,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether any request has samples that are not finished."""
-        waiting = len(self._scheduler) or self._prefill or self._ready
+        waiting = len(self._scheduler) or self._prefill or self._ready or self._scored
         return bool(waiting or self._batch.sequences)
 
     def add(self, request: Request) -> None:
@@ -103,7 +114,7 @@ class Engine:
         length, most = len(request.prompt_token_ids), self.max_model_len
         if length == 0:
             raise PromptError("the prompt has no tokens")
-        if most is not None and length >= most:
+        if most is not None and length + request.needs_row > most:
             raise PromptError(f"the prompt has {length} tokens; the context holds {most} in all")
         for token_id in request.prompt_token_ids:
             if not 0 <= token_id < self._runner.vocab_size:
@@ -175,50 +186,65 @@ class Engine:
     def step(self) -> list[Completion]:
         """Prefills a chunk, launches a decode of all rows, reads the decode before that."""
         aborted = self._end_aborted()
+        # Read once the next prefill is on its way.
+        scored, self._scored = self._scored, []
         self._advance_prefill()
         self._start_ready()
         launched = self._launch()
-        finished = self._collect()
+        finished = [self._only_scored(prompt) for prompt in scored] + self._collect()
         self._in_flight = launched
         return aborted + finished
+
+    def _only_scored(self, prompt: ReadyPrompt) -> Completion:
+        """The end of a request that samples nothing and so needs no row."""
+        sequence = self._sequence(prompt, 0)
+        sequence.finish_reason = "length"
+        return sequence.completion()
 
     def _advance_prefill(self) -> None:
         if self._prefill is None and not self._ready:
             requests = self._scheduler.next_prompts(self._batch.num_free_rows)
             if requests:
                 self._prefill = self._runner.start_prefill(requests)
-                self.stats.num_cached_tokens += self._prefill.num_cached * len(requests)
+                self.stats.num_cached_tokens += self._prefill.num_saved
         if self._prefill is None:
             return
         self.stats.num_prefill_tokens += self._runner.prefill_chunk(self._prefill)
         if self._prefill.num_left == 0:
             prompts = self._runner.finish_prefill(self._prefill)
             self.stats.num_prompt_tokens += sum(len(p.request.prompt_token_ids) for p in prompts)
-            self._ready += prompts
+            self.stats.num_scored_tokens += sum(p.request.num_scored for p in prompts)
+            self._ready += [p for p in prompts if p.request.needs_row]
+            self._scored += [p for p in prompts if not p.request.needs_row]
             self._prefill = None
 
     def _start_ready(self) -> None:
         """Starts as many samples of prefilled prompts as there are free rows."""
+        started: list[tuple[ReadyPrompt, list[int]]] = []
         while self._ready and self._batch.num_free_rows:
             prompt = self._ready[0]
             indices = range(prompt.num_started, prompt.request.params.n)
-            started = [self._sequence(prompt.request, i) for i in indices]
-            started = started[: self._batch.num_free_rows]
-            for sequence in started:
+            sequences = [self._sequence(prompt, i) for i in indices]
+            sequences = sequences[: self._batch.num_free_rows]
+            for sequence in sequences:
                 self._batch.place(sequence)
-            self._reserve()
-            self._runner.fork(prompt, [sequence.row for sequence in started])
-            prompt.num_started += len(started)
+            started.append((prompt, [sequence.row for sequence in sequences]))
+            prompt.num_started += len(sequences)
             if prompt.num_left == 0:
                 self._ready.pop(0)
+        if started:
+            self._reserve()  # Once for all of them: what grows is copied whole.
+        for prompt, rows in started:
+            self._runner.fork(prompt, rows)
 
     def _room(self, request: Request) -> int | None:
         """Tokens that the context has left after the prompt; None where it has no limit."""
         most = self.max_model_len
         return None if most is None else most - len(request.prompt_token_ids)
 
-    def _sequence(self, request: Request, index: int) -> Sequence:
-        params, matcher = request.params, None
+    def _sequence(self, prompt: ReadyPrompt, index: int) -> Sequence:
+        request, matcher = prompt.request, None
+        params = request.params
         if params.stop:
             assert self._decode is not None, "checked when the request was added"
             matcher = StopStringMatcher(
@@ -236,6 +262,7 @@ class Engine:
             stop_token_ids=stop_token_ids | (frozenset() if params.ignore_eos else self._eos),
             eos_token_ids=self._eos,
             stop_matcher=matcher,
+            prompt_logprobs=prompt.reader,
         )
 
     def _reserve(self) -> None:
@@ -250,16 +277,16 @@ class Engine:
         self._compact()
         self._reserve()
         logits = self._runner.decode(batch.input_token_ids(), batch.positions())
-        table, processors = batch.sampling()
-        samples = sample(logits, table, batch.uniforms(), processors)
-        mx.async_eval(samples.packed, samples.token_ids)  # type: ignore[no-untyped-call]
+        samples = batch.sample(logits)
         self.stats.num_steps += 1
         self.stats.num_row_steps += len(batch.rows)
         return batch.launched(samples)
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
-        coming = self._prefill is not None or (len(self._scheduler) > 0 and not self._ready)
+        prefilling = self._prefill.requests if self._prefill is not None else []
+        waiting = self._scheduler.wants_rows and not self._ready
+        coming = waiting or any(request.needs_row for request in prefilling)
         return coming and self._batch.num_free_rows > len(self._batch.sequences)
 
     def _compact(self) -> None:
@@ -295,13 +322,27 @@ class Engine:
         ended = [s for s in self._batch.sequences if s.request.request_id in self._aborting]
         for sequence in ended:
             self._batch.release(sequence)
-        for prompt in [p for p in self._ready if p.request.request_id in self._aborting]:
-            unstarted = range(prompt.num_started, prompt.request.params.n)
-            ended += [self._sequence(prompt.request, i) for i in unstarted]
-            self._ready.remove(prompt)
+        for queue in (self._ready, self._scored):
+            for prompt in [p for p in queue if p.request.request_id in self._aborting]:
+                unstarted = range(prompt.num_started, prompt.request.params.n)
+                ended += [self._sequence(prompt, i) for i in unstarted]
+                queue.remove(prompt)
         for sequence in ended:
             sequence.finish_reason = "abort"
         # A request in the middle of its prefill is ended once it is ready.
         prefilling = self._prefill.requests if self._prefill is not None else []
         self._aborting &= {request.request_id for request in prefilling}
         return [sequence.completion() for sequence in ended]
+
+
+def _check_sizes(
+    max_batch_size: int, prefill_step_size: int, prefix_cache_bytes: int, max_model_len: int | None
+) -> None:
+    for name, size, least in (
+        ("max_batch_size", max_batch_size, 1),
+        ("prefill_step_size", prefill_step_size, 1),
+        ("prefix_cache_bytes", prefix_cache_bytes, 0),
+        ("max_model_len", 1 if max_model_len is None else max_model_len, 1),
+    ):
+        if size < least:
+            raise ParameterError(f"{name}={size} is not allowed: at least {least}")

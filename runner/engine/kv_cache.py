@@ -1,21 +1,27 @@
 """Keys and values in padded row slots: every row starts at column 0 of its slot and grows right.
 
 Both caches follow the protocol that mlx-lm's models expect of a cache (`offset`, `make_mask`,
-`update_and_fetch`, `keys_and_values`), so those models run unchanged.
+`update_and_fetch`, `keys_and_values`), so those models run unchanged. Which column a position has,
+and in what form, is up to the segments of the layer's kind.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import mlx.core as mx
 
+from runner.engine.kv_segments import Quantization, Segment
 from runner.engine.layer_cache import Past
 
 
 @dataclass(frozen=True, slots=True)
 class KVKind:
-    """A layer that keeps a key and a value of each past token; they may differ in heads and dim."""
+    """A layer that keeps a key and a value of each past token; they may differ in heads and dim.
+
+    With a `window`, a row slot holds the columns in reach alone, in a ring. A prompt in prefill
+    holds all of its columns, and so does its `Past`, which can be cut at any of them.
+    """
 
     key_shape: tuple[int, int]
     """(heads, dim)"""
@@ -25,16 +31,28 @@ class KVKind:
     """Columns that a query may look at, its own included; None for all."""
     groups_queries: bool = False
     """Whether the layer masks scores (B, key heads, queries per key head, N, columns)."""
+    kept: int = 0
+    """First columns of a row that a query may look at outside the window as well."""
+    quantization: Quantization | None = None
+    """How the columns are stored; None for as they are."""
 
     @property
     def num_arrays(self) -> int:
         """Arrays in a `Past` of this layer."""
-        return 2
+        return sum(2 * segment.num_arrays for segment in self.segments)
 
     @property
     def is_recurrent(self) -> bool:
         """False: a token's key and value do not change with what comes after it."""
         return False
+
+    @property
+    def segments(self) -> list[Segment]:
+        """How a row slot is laid out, from its first position on."""
+        start = self.quantization.start if self.quantization else 0
+        kept = max(self.kept - start, 0)
+        rest = Segment(start, None, kept, self.window, self.quantization)
+        return [Segment(0, start), rest] if start else [rest]
 
     def prompt_cache(self, num_prompts: int, max_length: int) -> "PromptKVCache":
         """An empty cache of prompts in prefill."""
@@ -44,22 +62,85 @@ class KVKind:
         """A cache with no slots yet."""
         return RowKVCache(self)
 
-    def zeros(self, num_rows: int, num_columns: int) -> tuple[mx.array, mx.array]:
-        """Keys and values of empty slots, (rows, heads, columns, dim)."""
-        (key_heads, key_dim), (value_heads, value_dim) = self.key_shape, self.value_shape
-        return (
-            mx.zeros((num_rows, key_heads, num_columns, key_dim), self.dtype),
-            mx.zeros((num_rows, value_heads, num_columns, value_dim), self.dtype),
-        )
+    def nbytes(self, num_columns: int) -> int:
+        """Bytes of one slot with that many columns."""
+        stored = [self.zeros(segment, 1, num_columns) for segment in self.segments]
+        return sum(array.nbytes for arrays in stored for array in arrays)
+
+    def zeros(self, segment: Segment, num_rows: int, num_columns: int) -> list[mx.array]:
+        """What stores the keys, then the values, of a segment of empty slots."""
+        size = {"num_rows": num_rows, "num_positions": num_columns}
+        keys = segment.zeros(self.key_shape, self.dtype, **size)
+        return keys + segment.zeros(self.value_shape, self.dtype, **size)
+
+    def mask(
+        self, held: mx.array, positions: mx.array, *, window_size: int | None = None
+    ) -> mx.array:
+        """True where a query at `positions` may look at the position that a column holds.
+
+        The two broadcast; `window_size` is what the model itself says of the window.
+        """
+        mask = held <= positions
+        if self.window is not None:
+            mask = mask & ((held > positions - self.window) | (held < self.kept))
+        return mask if window_size is None else mask & (held > positions - window_size)
 
 
-def _causal_mask(columns: mx.array, positions: mx.array, window: int | None) -> mx.array:
-    """True where a query at `positions` may look at `columns`; the two broadcast."""
-    mask = columns <= positions
-    return mask if window is None else mask & (columns > positions - window)
+class _Stored:
+    """One layer's keys and values, in the arrays of its segments, each (R, H, columns, ...)."""
+
+    def __init__(
+        self, kind: KVKind, segments: list[Segment], *, num_rows: int, num_columns: int
+    ) -> None:
+        self._kind = kind
+        self._parts = [(s, kind.zeros(s, num_rows, num_columns)) for s in segments]
+        self.num_columns = 0
+
+    @property
+    def arrays(self) -> Past:
+        """The arrays to evaluate."""
+        return tuple(array for _, arrays in self._parts for array in arrays)
+
+    @property
+    def keys(self) -> mx.array:
+        """The keys of a layer that stores them as they are; some models reach for them."""
+        return self._parts[0][1][0]
+
+    @keys.setter
+    def keys(self, keys: mx.array) -> None:
+        self._parts[0][1][0] = keys
+
+    @property
+    def values(self) -> mx.array:
+        """The values of a layer that stores them as they are."""
+        return self._parts[0][1][1]
+
+    @values.setter
+    def values(self, values: mx.array) -> None:
+        self._parts[0][1][1] = values
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """The columns in use, as attention sees them; another layer may attend to them as well.
+
+        What is quantised comes back from there also for the tokens just written, so that a token is
+        the same to those forwarded together with it and to those that come later.
+        """
+        found = []
+        for segment, arrays in self._parts:
+            if size := segment.num_columns(self.num_columns):
+                used, half = [array[:, :, :size] for array in arrays], segment.num_arrays
+                found.append((segment.decode(used[:half]), segment.decode(used[half:])))
+        if len(found) == 1:
+            return found[0]
+        keys, values = ([pair[i] for pair in found] for i in (0, 1))
+        return mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
 
 
-class PromptKVCache:
+def _encoded(segment: Segment, keys: mx.array, values: mx.array) -> Past:
+    return segment.encode(keys) + segment.encode(values)
+
+
+class PromptKVCache(_Stored):
     """One layer's keys and values of prompts in prefill, (P, H, L, D), right padded.
 
     All prompts stand at the same column, so pads come only after a prompt's last token: a causal
@@ -67,77 +148,79 @@ class PromptKVCache:
     """
 
     def __init__(self, kind: KVKind, num_prompts: int, max_length: int) -> None:
-        self._window = kind.window
-        self.offset = 0
-        self.keys, self.values = kind.zeros(num_prompts, max_length)
+        segments = [replace(segment, window=None) for segment in kind.segments]
+        super().__init__(kind, segments, num_rows=num_prompts, num_columns=max_length)
 
     @property
-    def arrays(self) -> Past:
-        """The arrays to evaluate."""
-        return self.keys, self.values
+    def offset(self) -> int:
+        """The column of the next token."""
+        return self.num_columns
 
     def start_from(self, past: Past, num_columns: int) -> None:
-        """Takes the first columns of every prompt from (H, L, D) that are known already."""
-        keys, values = past
-        self.keys[:, :, :num_columns] = keys[:, :num_columns]
-        self.values[:, :, :num_columns] = values[:, :num_columns]
-        self.offset = num_columns
+        """Takes the first columns of every prompt from (H, L, ...) that are known already."""
+        shares = iter(past)
+        for segment, arrays in self._parts:
+            size = segment.num_columns(num_columns)
+            for array in arrays:
+                array[:, :, :size] = next(shares)[:, :size]
+        self.num_columns = num_columns
 
     def end_rows(self, rows: Sequence[int]) -> None:
         """Nothing to note: columns past a prompt's end are not looked at."""
 
     def past(self, row: int, num_columns: int) -> Past:
-        """The first columns of one prompt, each (H, L, D)."""
-        return self.keys[row, :, :num_columns], self.values[row, :, :num_columns]
+        """The first columns of one prompt, each (H, L, ...)."""
+        return tuple(
+            array[row, :, : segment.num_columns(num_columns)]
+            for segment, arrays in self._parts
+            for array in arrays
+        )
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Appends (P, H, N, D) at the common column; returns all columns so far."""
-        start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys[:, :, start : self.offset] = keys
-        self.values[:, :, start : self.offset] = values
+        start, self.num_columns = self.offset, self.offset + keys.shape[2]
+        for segment, arrays in self._parts:
+            first, end = (segment.num_columns(n) for n in (start, self.num_columns))
+            if first == end:
+                continue
+            new = slice(first + segment.first - start, end + segment.first - start)
+            encoded = _encoded(segment, keys[:, :, new], values[:, :, new])
+            for array, columns in zip(arrays, encoded, strict=True):
+                array[:, :, first:end] = columns
         return self.keys_and_values()
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All columns so far, which another layer may attend to as well."""
-        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
 
     def make_mask(
         self, num_positions: int, window_size: int | None = None, return_array: bool = False
     ) -> mx.array | str | None:
         """Mask of the next `num_positions` queries, (N, offset + N), "causal" or None."""
-        window = window_size or self._window
         end = self.offset + num_positions
-        if not return_array and (window is None or end <= window):
+        reach = end if self._kind.window is None else self._kind.window + self._kind.kept
+        if not return_array and end <= min(reach, window_size or end):
             return "causal" if num_positions > 1 else None
         positions = mx.arange(self.offset, end)[:, None]
-        return _causal_mask(mx.arange(end), positions, window)
+        return self._kind.mask(mx.arange(end), positions, window_size=window_size)
 
 
-class RowKVCache:
+class RowKVCache(_Stored):
     """One layer's keys and values of the whole batch, (B, H, C, D): a slot per row."""
 
     def __init__(self, kind: KVKind) -> None:
-        self._kind = kind
+        super().__init__(kind, kind.segments, num_rows=0, num_columns=0)
         self.offset = mx.zeros((0,), mx.int32)
-        self.num_columns = 0
-        self.keys, self.values = kind.zeros(0, 0)
-
-    @property
-    def arrays(self) -> Past:
-        """The arrays to evaluate."""
-        return self.keys, self.values
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Writes (B, H, N, D) at each row's own column; returns the columns in use."""
+        # The second of two new columns may take the place of one that the first query looks at.
+        assert keys.shape[2] == 1 or self._kind.window is None, "a ring takes a column at a time"
         rows = mx.arange(keys.shape[0])[:, None]
-        columns = self.offset[:, None] + mx.arange(keys.shape[2])  # (B, N)
-        self.keys[rows, :, columns] = keys.swapaxes(1, 2)  # (B, N, H, D)
-        self.values[rows, :, columns] = values.swapaxes(1, 2)
+        positions = self.offset[:, None] + mx.arange(keys.shape[2])  # (B, N)
+        for segment, arrays in self._parts:
+            if arrays[0].shape[2] == 0:
+                continue
+            columns = segment.columns(positions)
+            for array, new in zip(arrays, _encoded(segment, keys, values), strict=True):
+                array[rows, :, columns] = new.swapaxes(1, 2)  # (B, N, H, ...)
         return self.keys_and_values()
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """The columns in use, which another layer may attend to as well."""
-        return self.keys[:, :, : self.num_columns], self.values[:, :, : self.num_columns]
 
     def make_mask(
         self, num_positions: int, window_size: int | None = None, return_array: bool = False
@@ -146,39 +229,46 @@ class RowKVCache:
 
         With one more axis of 1 where the layer groups its queries.
         """
-        window = window_size or self._kind.window
         positions = self.offset[:, None] + mx.arange(num_positions)  # (B, N)
-        mask = _causal_mask(mx.arange(self.num_columns), positions[:, None, :, None], window)
+        positions = positions[:, None, :, None]
+        held = [s.held(positions, s.num_columns(self.num_columns)) for s, _ in self._parts]
+        masks = [self._kind.mask(h, positions, window_size=window_size) for h in held]
+        mask = mx.concatenate(masks, axis=-1) if len(masks) > 1 else masks[0]
         return mask[:, None] if self._kind.groups_queries else mask
 
     def reserve(self, num_rows: int, num_columns: int) -> None:
         """Makes room for rows and columns; what is there stays where it is."""
-        old, (self.keys, self.values) = self.arrays, self._kind.zeros(num_rows, num_columns)
-        rows, _, columns, _ = old[0].shape
-        if rows:
-            self.keys[:rows, :, :columns], self.values[:rows, :, :columns] = old
+        for segment, arrays in self._parts:
+            old, arrays[:] = list(arrays), self._kind.zeros(segment, num_rows, num_columns)
+            rows, _, columns, _ = old[0].shape
+            if rows and columns:
+                for array, before in zip(arrays, old, strict=True):
+                    array[:rows, :, :columns] = before
 
     def begin_step(self, offset: mx.array, num_columns: int) -> None:
         """Sets each slot's column, (B,) int32, for the next forward, and the columns in use."""
         self.offset, self.num_columns = offset, num_columns
 
     def write_prefix(self, rows: Sequence[int], past: Past) -> None:
-        """Copies one prompt's columns, (H, L, D), to the start of each of `rows`."""
-        keys, values = past
-        if keys.shape[1] == 0:
-            return
-        for first, last in _runs(rows):
-            self.keys[first:last, :, : keys.shape[1]] = keys
-            self.values[first:last, :, : values.shape[1]] = values
+        """Copies one prompt's columns, (H, L, ...), to where `rows` hold them."""
+        shares = iter(past)
+        for segment, arrays in self._parts:
+            for array in arrays:
+                columns = segment.arranged(next(shares))
+                if columns.shape[1] == 0:
+                    continue
+                for first, last in _runs(rows):
+                    array[first:last, :, : columns.shape[1]] = columns
 
     def clear_row(self, row: int) -> None:
         """Zeroes a slot: a weight of zero on a NaN would still be a NaN for the next row."""
-        self.keys[row] = 0
-        self.values[row] = 0
+        for array in self.arrays:
+            array[row] = 0
 
     def keep_rows(self, rows: mx.array) -> None:
         """Keeps the given slots, in that order, and drops the others."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        for _, arrays in self._parts:
+            arrays[:] = [array[rows] for array in arrays]
 
 
 def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:

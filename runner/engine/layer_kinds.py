@@ -26,6 +26,9 @@ REFUSED = {
 _GROUP_QUERIES = {"gemma2"}
 """Modules that mask scores with an axis more where several queries share a key head."""
 
+_LOOKS_FURTHER = {"plamo3": 1}
+"""Modules whose sliding layers look at so many columns more than their cache is made for."""
+
 _NUM_PROBED = 8
 """Tokens of the probe: more than the short history, of a convolution say, that a layer keeps."""
 
@@ -43,7 +46,8 @@ def layer_kinds(model: nn.Module) -> tuple[list[LayerKind], int]:
         _check(cache)
     logits = model(mx.zeros((1, _NUM_PROBED), mx.int32), cache=probe)
     groups_queries = any(_groups_queries(part) for part in model.modules())
-    kinds = [_kind(cache, groups_queries=groups_queries) for cache in probe]
+    further = max(_LOOKS_FURTHER.get(_module_name(part), 0) for part in model.modules())
+    kinds = [_kind(cache, groups_queries=groups_queries, further=further) for cache in probe]
     return kinds, int(logits.shape[-1])
 
 
@@ -75,10 +79,11 @@ def _check(cache: Any) -> None:
         )
 
 
-def _kind(cache: Any, *, groups_queries: bool) -> LayerKind:
+def _kind(cache: Any, *, groups_queries: bool, further: int) -> LayerKind:
     """The kind of a cache that the probe went through."""
     if type(cache) is CacheList:
-        return ListKind(tuple(_kind(c, groups_queries=groups_queries) for c in cache.caches))
+        parts = (_kind(c, groups_queries=groups_queries, further=further) for c in cache.caches)
+        return ListKind(tuple(parts))
     if type(cache) is ArraysCache:
         shapes = tuple(tuple(array.shape[1:]) for array in cache.cache)
         return StateKind(shapes, tuple(array.dtype for array in cache.cache))
@@ -89,6 +94,6 @@ def _kind(cache: Any, *, groups_queries: bool) -> LayerKind:
         key_shape=(keys.shape[1], keys.shape[3]),
         value_shape=(values.shape[1], values.shape[3]),
         dtype=keys.dtype,
-        window=int(cache.max_size) if type(cache) is RotatingKVCache else None,
+        window=int(cache.max_size) + further if type(cache) is RotatingKVCache else None,
         groups_queries=groups_queries,
     )

@@ -1,18 +1,22 @@
 """Forwards: prompts into caches of their own, then all rows of the batch together."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from runner.engine.attention import fold_decode_attention
-from runner.engine.layer_cache import PromptCache
+from runner.engine.cpu_kernels import CPUKernels
+from runner.engine.kv_options import KVOptions
+from runner.engine.layer_cache import Past, PromptCache
 from runner.engine.layer_kinds import layer_kinds
-from runner.engine.prefix_cache import PrefixCache
+from runner.engine.prefix_cache import MIN_TOKENS, PrefixCache, num_shared
 from runner.engine.row_caches import RowCaches
-from runner.types import Request
+from runner.engine.scoring import PromptScores, max_scored_positions
+from runner.types import Request, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -20,7 +24,7 @@ class Prefill:
     """Prompts being prefilled together, all but the last token of each.
 
     The last token is the row's first decode input, so that every logit that is sampled from comes
-    out of the same forward, and prefill never projects onto the vocabulary.
+    out of the same forward, and prefill projects onto the vocabulary only to score the prompt.
     """
 
     requests: list[Request]
@@ -30,8 +34,12 @@ class Prefill:
     num_done: int = 0
     """Columns forwarded so far."""
 
-    num_cached: int = 0
-    """Columns that came from the prefix cache."""
+    num_saved: int = 0
+    """Positions, of all prompts, that are not forwarded here."""
+    scores: PromptScores | None = None
+    """Where logprobs of the prompts are wanted."""
+    context: "Prefill | None" = None
+    """What all the prompts begin with, while it is being forwarded as a prompt of its own."""
 
     @property
     def num_left(self) -> int:
@@ -47,6 +55,13 @@ class Prefill:
     def num_to_next_end(self) -> int:
         """Columns that are left before the next of the prompts ends."""
         return min(length for length in self.lengths if length > self.num_done) - self.num_done
+
+    def start_from(self, pasts: Sequence[Past], num_columns: int) -> None:
+        """Starts every prompt from the pasts, one a layer, of its first `num_columns` tokens."""
+        if num_columns > 0:
+            for cache, past in zip(self.caches, pasts, strict=True):
+                cache.start_from(past, num_columns)
+        self.advance(num_columns)
 
     def advance(self, num_columns: int) -> None:
         """Counts columns that every cache holds now, and tells the caches which prompts ended."""
@@ -64,6 +79,7 @@ class ReadyPrompt:
     caches: list[PromptCache]
     row: int
     """Where the prompt stands in its prefill."""
+    scores: PromptScores | None = None
     num_started: int = 0
 
     @property
@@ -76,66 +92,137 @@ class ReadyPrompt:
         """Columns of the prompt that are cached: all but its last token."""
         return len(self.request.prompt_token_ids) - 1
 
+    @property
+    def reader(self) -> Callable[[], TokenLogprobs] | None:
+        """Reads the prompt's logprobs, without the caches; None where none are wanted."""
+        if self.scores is None or not self.request.is_scored:
+            return None
+        return partial(self.scores.read, self.request, self.row)
+
+
+def _context(request: Request, num_columns: int) -> Request:
+    """The first columns of a prompt as one of its own, of which nothing is scored.
+
+    One token more is there: the last one of a prompt is not prefilled.
+    """
+    return replace(
+        request,
+        prompt_token_ids=request.prompt_token_ids[: num_columns + 1],
+        params=replace(request.params, prompt_logprobs=None, max_tokens=1, min_tokens=0),
+        logprobs_start=1,
+    )
+
 
 class ModelRunner:
     """A model and the row slots of its caches."""
 
     def __init__(
-        self, model: nn.Module, *, prefill_step_size: int, prefix_cache_bytes: int
+        self,
+        model: nn.Module,
+        *,
+        prefill_step_size: int,
+        prefix_cache_bytes: int,
+        kv_options: KVOptions,
     ) -> None:
         self._model = model
-        fold_decode_attention(model)
-        self._kinds, self.vocab_size = layer_kinds(model)
+        self._kernels = CPUKernels(model)
+        kinds, self.vocab_size = layer_kinds(model)
+        self._kinds = kv_options.applied(kinds)
         self._is_recurrent = any(kind.is_recurrent for kind in self._kinds)
         self._prefill_step_size = prefill_step_size
+        self.max_scored_positions = max_scored_positions(self.vocab_size)
         self.caches = RowCaches(self._kinds)
         self._prefix_cache = PrefixCache(
             max_bytes=prefix_cache_bytes, whole_entries=self._is_recurrent
         )
 
     def start_prefill(self, requests: list[Request]) -> Prefill:
-        """Lays out prompts for `prefill_chunk`, from the longest prefix that is cached for all."""
+        """Lays out prompts for `prefill_chunk`, from the longest prefix that is cached for all.
+
+        What they begin with alike beyond that is forwarded first, for all of them at once.
+        """
+        prefill = self._laid_out(requests)
+        prompts = [request.prompt_token_ids[: request.num_context] for request in requests]
+        entry, num_cached = self._prefix_cache.find(prompts) or (None, 0)
+        num_alike = min(num_shared(prompts[0], prompt) for prompt in prompts)
+        prefill.num_saved = len(requests) * num_cached
+        start = prefill
+        if num_alike - num_cached >= MIN_TOKENS and (len(requests) > 1 or prefill.scores):
+            prefill.num_saved += (len(requests) - 1) * (num_alike - num_cached)
+            start = prefill.context = self._laid_out([_context(requests[0], num_alike)])
+        start.start_from(entry.pasts if entry is not None else [], num_cached)
+        return prefill
+
+    def _laid_out(self, requests: list[Request]) -> Prefill:
         lengths = [len(request.prompt_token_ids) - 1 for request in requests]
         padded = np.zeros((len(requests), max(lengths)), np.int32)
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             padded[row, :length] = request.prompt_token_ids[:length]
         caches = [kind.prompt_cache(*padded.shape) for kind in self._kinds]
-        prefill = Prefill(requests, caches, mx.array(padded))
-        if found := self._prefix_cache.find([r.prompt_token_ids[:-1] for r in requests]):
-            entry, prefill.num_cached = found
-            for cache, past in zip(caches, entry.pasts, strict=True):
-                cache.start_from(past, prefill.num_cached)
-        prefill.advance(prefill.num_cached)
-        return prefill
+        scores = PromptScores(requests) if any(r.is_scored for r in requests) else None
+        return Prefill(requests, caches, mx.array(padded), scores=scores)
 
     def prefill_chunk(self, prefill: Prefill) -> int:
         """Forwards the next columns of all prompts; returns the positions forwarded.
 
         A recurrent model's chunk ends where a prompt ends, whose state is read off there.
         """
-        num_prompts = len(prefill.requests)
-        size = min(prefill.num_left, max(1, self._prefill_step_size // num_prompts))
+        if prefill.context is not None:
+            return self._context_chunk(prefill, prefill.context)
+        size = self._chunk_size(prefill)
         if size == 0:
             return 0
-        if self._is_recurrent:
-            size = min(size, prefill.num_to_next_end)
-        end = prefill.num_done + size
-        self._model(prefill.token_ids[:, prefill.num_done : end], cache=prefill.caches)
+        start = prefill.num_done
+        token_ids = prefill.token_ids[:, start : start + size]
+        logits = self._forward(token_ids, prefill.caches)
         prefill.advance(size)
-        mx.async_eval([cache.arrays for cache in prefill.caches])  # type: ignore[no-untyped-call]
-        return num_prompts * size
+        arrays = [cache.arrays for cache in prefill.caches]
+        if prefill.scores is not None and start >= prefill.scores.first_column:
+            arrays.append(prefill.scores.push(logits, start))
+        mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+        return int(token_ids.size)
+
+    def _chunk_size(self, prefill: Prefill) -> int:
+        """Columns to forward next; those whose logits are read are few at a time."""
+        num_prompts, scores = len(prefill.requests), prefill.scores
+        size = min(prefill.num_left, max(1, self._prefill_step_size // num_prompts))
+        if scores is not None and prefill.num_done < scores.first_column:
+            size = min(size, scores.first_column - prefill.num_done)
+        elif scores is not None:
+            size = min(size, max(1, self.max_scored_positions // num_prompts))
+        if self._is_recurrent and size > 0:
+            size = min(size, prefill.num_to_next_end)
+        return size
+
+    def _context_chunk(self, prefill: Prefill, context: Prefill) -> int:
+        """Forwards more of the context that prompts share; hands it to them once it is done."""
+        num_forwarded = self.prefill_chunk(context)
+        if context.num_left == 0:
+            pasts = self._keep(context, row=0)
+            prefill.start_from(pasts, context.num_done)
+            prefill.context = None
+        return num_forwarded
 
     def finish_prefill(self, prefill: Prefill) -> list[ReadyPrompt]:
-        """Ends a prefill that has nothing left; its prompts go into the prefix cache."""
+        """Ends a prefill that has nothing left; prompts to complete go into the prefix cache."""
         for row, request in enumerate(prefill.requests):
-            token_ids = request.prompt_token_ids[:-1]
-            # A copy: a view would keep the columns of the whole prefill in memory.
-            pasts = [
-                tuple(mx.contiguous(array) for array in cache.past(row, len(token_ids)))
-                for cache in prefill.caches
-            ]
-            self._prefix_cache.add(token_ids, pasts)
-        return [ReadyPrompt(r, prefill.caches, row) for row, r in enumerate(prefill.requests)]
+            if request.needs_row:
+                self._keep(prefill, row)
+        return [
+            ReadyPrompt(request, prefill.caches, row, prefill.scores)
+            for row, request in enumerate(prefill.requests)
+        ]
+
+    def _keep(self, prefill: Prefill, row: int) -> list[Past]:
+        """Puts a prompt that is wholly done into the prefix cache; what the layers keep of it."""
+        token_ids = prefill.requests[row].prompt_token_ids[:-1]
+        # A copy: a view would keep the columns of the whole prefill in memory.
+        pasts = [
+            tuple(mx.contiguous(array) for array in cache.past(row, len(token_ids)))
+            for cache in prefill.caches
+        ]
+        self._prefix_cache.add(token_ids, pasts)
+        return pasts
 
     def clear_prefix_cache(self) -> None:
         """Forgets the prompts of before."""
@@ -153,5 +240,10 @@ class ModelRunner:
     def decode(self, token_ids: mx.array, positions: Sequence[int]) -> mx.array:
         """Forwards one token per row, (B,), written at `positions`; logits (B, V)."""
         self.caches.begin_step(positions)
-        logits: mx.array = self._model(token_ids[:, None], cache=self.caches.layers)
-        return logits[:, -1]
+        return self._forward(token_ids[:, None], self.caches.layers)[:, -1]
+
+    def _forward(self, token_ids: mx.array, caches: Sequence[Any]) -> mx.array:
+        """Logits, (B, N, V), of tokens (B, N) behind what the caches hold."""
+        with self._kernels.bound():
+            logits: mx.array = self._model(token_ids, cache=caches)
+        return logits

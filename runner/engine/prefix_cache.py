@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from runner.engine.layer_cache import Past
 
-_MIN_TOKENS = 16
+MIN_TOKENS = 16
 """A shorter match costs more to copy than to forward."""
 
 
@@ -27,9 +27,14 @@ class PrefixEntry:
 
     def num_shared(self, token_ids: Sequence[int]) -> int:
         """Tokens that this prompt and another begin with alike."""
-        size = min(len(self.token_ids), len(token_ids))
-        differs = self.token_ids[:size] != np.asarray(token_ids[:size], np.int32)
-        return int(differs.argmax()) if differs.any() else size
+        return num_shared(self.token_ids, token_ids)
+
+
+def num_shared(one: Sequence[int] | npt.NDArray[np.int32], other: Sequence[int]) -> int:
+    """Tokens that two prompts begin with alike."""
+    size = min(len(one), len(other))
+    differs = np.asarray(one[:size], np.int32) != np.asarray(other[:size], np.int32)
+    return int(differs.argmax()) if differs.any() else size
 
 
 class PrefixCache:
@@ -60,7 +65,7 @@ class PrefixCache:
                 continue
             if shared > best:
                 best_key, best = key, shared
-        if best < _MIN_TOKENS:
+        if best < MIN_TOKENS:
             return None
         self._entries.move_to_end(best_key)
         return self._entries[best_key], best
@@ -69,7 +74,7 @@ class PrefixCache:
         """Keeps a prompt's pasts; drops the least recently used beyond `max_bytes`."""
         entry = PrefixEntry(np.asarray(token_ids, np.int32), pasts)
         key = entry.token_ids.tobytes()
-        if len(token_ids) < _MIN_TOKENS or key in self._entries or entry.nbytes > self._max_bytes:
+        if len(token_ids) < MIN_TOKENS or key in self._entries or entry.nbytes > self._max_bytes:
             return
         self._entries[key] = entry
         self.nbytes += entry.nbytes

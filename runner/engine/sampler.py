@@ -1,24 +1,38 @@
 """From logits to tokens: per-row parameters, one uniform per row and step, float32 throughout.
 
 A token is drawn by inverting the cumulative distribution over the vocabulary in token order, so
-that what a row draws depends on its logits, its parameters and its own uniform alone.
+that what a row draws depends on its logits, its parameters and its own uniform alone. The same
+code runs on NumPy arrays where MLX computes on the CPU, and on MLX's own arrays elsewhere: `xp`
+is the one or the other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf, log
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from runner.engine.cpu_math import on_cpu, view
 from runner.types import SamplingParams
+
+Array: TypeAlias = Any
+"""A NumPy array or one of MLX, as the sampler's `xp` says."""
 
 _GREEDY = SamplingParams(temperature=0.0)
 _CANDIDATE_WIDTHS = (64, 1024)
 """Top-k rows are sorted to one of these widths, chosen by the row's own k, never by its mates'."""
+_BLOCK = 256
+"""Tokens whose weights are summed before the cumulative sum is taken."""
+_COLDEST, _HOTTEST = 2.0**-64, 2.0**64
+"""Beyond these a row draws its likeliest token, or any, all the same, and float32 runs out."""
 
 
-def uniforms(streams: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]) -> mx.array:
+def uniforms(
+    streams: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.float32]:
     """One uniform in (0, 1) per row from its stream key and a counter; (B,) float32.
 
     SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014) used
@@ -29,58 +43,153 @@ def uniforms(streams: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]) 
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
-    return mx.array(((z >> np.uint64(42)).astype(np.float32) + 0.5) * np.float32(2.0**-22))
+    uniform: npt.NDArray[np.float32] = (z >> np.uint64(42)).astype(np.float32) + np.float32(0.5)
+    return uniform * np.float32(2.0**-22)
 
 
 @dataclass(frozen=True, slots=True)
 class _Truncation:
     """Rows whose candidates are sorted to the same width, and their limits, each (R,)."""
 
-    rows: mx.array
+    rows: Array
     width: int
-    top_k: mx.array
-    top_p: mx.array
-    log_min_p: mx.array
+    top_k: Array
+    top_p: Array
+    log_min_p: Array
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingTable:
     """The sampling parameters of all rows as arrays; rebuilt when a row joins or leaves."""
 
-    temperature: mx.array | None
+    temperature: Array | None
     """(B, 1) float32, 1 for greedy rows; None where every row has 1."""
-    greedy: mx.array | None
+    greedy: Array | None
     """(B,) bool; None where no row is greedy."""
     all_greedy: bool
     truncations: tuple[_Truncation, ...]
-    log_min_p: mx.array | None
+    log_min_p: Array | None
     """(B, 1) float32 for rows cut by min_p alone, -inf for others; None where there is none."""
     num_top_logprobs: int | None
     """The most alternatives that a row asks for; None where no row does."""
 
-    @classmethod
-    def build(cls, rows: Sequence[SamplingParams | None], vocab_size: int) -> "SamplingTable":
+
+class Sampler:
+    """Builds tables of sampling parameters and draws with them."""
+
+    def __init__(self, *, on_host: bool | None = None) -> None:
+        """Computes with NumPy if `on_host`; by default where MLX computes on the CPU."""
+        self._on_host = on_cpu() if on_host is None else on_host
+        self._xp: Any = np if self._on_host else mx
+        self._scratch = np.empty((0, 0), np.float32)
+
+    def table(self, rows: Sequence[SamplingParams | None], vocab_size: int) -> SamplingTable:
         """Arrays for the rows of a batch; None stands for an empty slot."""
         params = [row or _GREEDY for row in rows]
         greedy = [p.temperature == 0 for p in params]
-        temperature = [p.temperature or 1.0 for p in params]
+        temperature = [min(max(p.temperature or 1.0, _COLDEST), _HOTTEST) for p in params]
         wanted = [p.logprobs for p in params if p.logprobs is not None]
         alone = [
             p.min_p if not g and _width(p, vocab_size) is None else 0.0
             for p, g in zip(params, greedy, strict=True)
         ]
-        return cls(
-            temperature=None if set(temperature) == {1.0} else mx.array(temperature)[:, None],
-            greedy=mx.array(greedy) if any(greedy) else None,
+        plain = set(temperature) == {1.0}
+        return SamplingTable(
+            temperature=None if plain else self._floats(temperature)[:, None],
+            greedy=self._xp.array(greedy) if any(greedy) else None,
             all_greedy=all(greedy),
-            truncations=_truncations(params, vocab_size),
-            log_min_p=_log(alone)[:, None] if any(alone) else None,
+            truncations=self._truncations(params, vocab_size),
+            log_min_p=self._floats(map(_log, alone))[:, None] if any(alone) else None,
             num_top_logprobs=max(wanted) if wanted else None,
         )
 
+    def _floats(self, values: Iterable[float]) -> Array:
+        return self._xp.array(list(values), dtype=self._xp.float32)
 
-def _log(values: Sequence[float]) -> mx.array:
-    return mx.log(mx.array(list(values), mx.float32))
+    def _truncations(
+        self, params: Sequence[SamplingParams], vocab_size: int
+    ) -> tuple[_Truncation, ...]:
+        by_width: dict[int, list[int]] = {}
+        for row, p in enumerate(params):
+            width = _width(p, vocab_size)
+            if width is not None:
+                by_width.setdefault(width, []).append(row)
+        return tuple(
+            _Truncation(
+                rows=self._xp.array(rows),
+                width=width,
+                top_k=self._xp.array([params[r].top_k or width for r in rows]),
+                top_p=self._floats(params[r].top_p for r in rows),
+                log_min_p=self._floats(_log(params[r].min_p) for r in rows),
+            )
+            for width, rows in sorted(by_width.items())
+        )
+
+    def sample(
+        self,
+        logits: mx.array,
+        table: SamplingTable,
+        uniform: npt.NDArray[np.float32],
+        process: Callable[[mx.array], mx.array] | None = None,
+    ) -> "Samples":
+        """Draws a token for each row of `logits`, (B, V) of any float dtype, with `uniform`, (B,).
+
+        `process` maps the logits, (B, V) float32, to those that are sampled from. On the host the
+        draws are done on return, elsewhere they are on their way.
+        """
+        logits = logits.astype(mx.float32)
+        processed = logits if process is None else process(logits)
+        if not self._on_host:
+            samples = self._draw(logits, processed, table, mx.array(uniform))
+            mx.async_eval(samples.packed, samples.token_ids)  # type: ignore[no-untyped-call]
+            return samples
+        mx.eval(logits, processed)
+        same = processed is logits
+        raw = view(logits)
+        samples = self._draw(raw, raw if same else view(processed), table, uniform)
+        return Samples(mx.array(samples.token_ids), samples.packed)
+
+    def _draw(
+        self, logits: Array, processed: Array, table: SamplingTable, uniform: Array
+    ) -> "Samples":
+        xp = self._xp
+        scaled = processed if table.temperature is None else processed / table.temperature
+        kept = _truncate(xp, scaled, table)
+        weights, raw = self._normalized(logits)
+        normalizer = raw
+        # The exponentials cost most: a batch without temperature or truncation needs one set.
+        if kept is not logits:
+            weights, normalizer = self._normalized(kept)
+        token_ids = _choose(xp, processed, weights, table, uniform)
+        index = token_ids[:, None]
+        raw_logprobs = xp.take_along_axis(logits, index, axis=-1) - raw  # (B, 1)
+        processed_logprobs = xp.take_along_axis(kept, index, axis=-1) - normalizer
+        columns = [index, raw_logprobs.view(xp.int32), processed_logprobs.view(xp.int32)]
+        if table.num_top_logprobs is not None:
+            columns += _alternatives(xp, logits, raw, index, table.num_top_logprobs)
+        return Samples(token_ids=token_ids, packed=xp.concatenate(columns, axis=-1))
+
+    def _normalized(self, logits: Array) -> tuple[Array, Array]:
+        """Weights relative to the most likely token, (B, V), and the log-sum-exp, (B, 1).
+
+        On the host the weights are good until the next call: they are written where the last ones
+        were, because fresh memory of that size costs more than the exponentials.
+        """
+        xp = self._xp
+        top = logits.max(axis=-1, keepdims=True)
+        if not self._on_host:
+            weights = mx.exp(logits - top)
+        else:
+            if self._scratch.shape != logits.shape:
+                self._scratch = np.empty_like(logits)
+            with np.errstate(invalid="ignore"):  # A NaN of the model's own passes through.
+                weights = np.subtract(logits, top, out=self._scratch)
+            np.exp(weights, out=weights)
+        return weights, top + xp.log(weights.sum(axis=-1, keepdims=True))
+
+
+def _log(value: float) -> float:
+    return log(value) if value > 0 else -inf
 
 
 def _width(params: SamplingParams, vocab_size: int) -> int | None:
@@ -92,124 +201,101 @@ def _width(params: SamplingParams, vocab_size: int) -> int | None:
     return widths[0] if top_k and widths else vocab_size
 
 
-def _truncations(params: Sequence[SamplingParams], vocab_size: int) -> tuple[_Truncation, ...]:
-    by_width: dict[int, list[int]] = {}
-    for row, p in enumerate(params):
-        width = _width(p, vocab_size)
-        if width is not None:
-            by_width.setdefault(width, []).append(row)
-    return tuple(
-        _Truncation(
-            rows=mx.array(rows),
-            width=width,
-            top_k=mx.array([params[r].top_k if params[r].top_k > 0 else width for r in rows]),
-            top_p=mx.array([params[r].top_p for r in rows]),
-            log_min_p=_log([params[r].min_p for r in rows]),
-        )
-        for width, rows in sorted(by_width.items())
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Samples:
     """What one step drew: the next tokens, and everything the host reads, packed."""
 
     token_ids: mx.array
     """(B,) int32, still on the device: the input of the next step."""
-    packed: mx.array
+    packed: Array
     """(B, 3) or (B, 4 + 2k) int32: token, raw and processed logprob (float32 bits), then rank,
     k alternative ids and their k raw logprobs."""
 
 
-def sample(
-    logits: mx.array,
-    table: SamplingTable,
-    uniform: mx.array,
-    process: Callable[[mx.array], mx.array] | None = None,
-) -> Samples:
-    """Draws a token for each row of `logits`, (B, V) of any float dtype, with `uniform`, (B,).
-
-    `process` maps the logits, (B, V) float32, to those that are sampled from.
-    """
-    logits = logits.astype(mx.float32)
-    weights, raw = _normalized(logits)
-    processed = logits if process is None else process(logits)
-    scaled = processed if table.temperature is None else processed / table.temperature
-    kept = _truncate(scaled, table)
-    # The exponentials are what costs here: a batch without temperature or truncation needs one set.
-    kept_weights, normalizer = (weights, raw) if kept is logits else _normalized(kept)
-    token_ids = _choose(processed, kept_weights, table, uniform)
-    index = token_ids[:, None]
-    raw_logprobs = mx.take_along_axis(logits, index, axis=-1) - raw  # (B, 1)
-    processed_logprobs = mx.take_along_axis(kept, index, axis=-1) - normalizer
-    columns = [index, raw_logprobs.view(mx.int32), processed_logprobs.view(mx.int32)]
-    if table.num_top_logprobs is not None:
-        columns += _alternatives(logits, raw, index, table.num_top_logprobs)
-    return Samples(token_ids=token_ids, packed=mx.concatenate(columns, axis=-1))
-
-
-def _normalized(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """Weights relative to the most likely token, (B, V), and the log-sum-exp, (B, 1)."""
-    top = mx.max(logits, axis=-1, keepdims=True)
-    weights = mx.exp(logits - top)
-    return weights, top + mx.log(mx.sum(weights, axis=-1, keepdims=True))
-
-
-def _choose(
-    logits: mx.array, weights: mx.array, table: SamplingTable, uniform: mx.array
-) -> mx.array:
+def _choose(xp: Any, logits: Array, weights: Array, table: SamplingTable, uniform: Array) -> Array:
     if table.all_greedy:
-        return mx.argmax(logits, axis=-1).astype(mx.int32)
-    drawn = _invert_cdf(weights, uniform)
+        return xp.argmax(logits, axis=-1).astype(xp.int32)
+    drawn = _invert_cdf(xp, weights, uniform)
     if table.greedy is None:
         return drawn
-    return mx.where(table.greedy, mx.argmax(logits, axis=-1).astype(mx.int32), drawn)
+    return xp.where(table.greedy, xp.argmax(logits, axis=-1).astype(xp.int32), drawn)
 
 
-def _invert_cdf(weights: mx.array, uniform: mx.array) -> mx.array:
-    """The first token at which the cumulative weight passes the uniform; (B,) int32."""
-    cumulative = mx.cumsum(weights, axis=-1)
-    passed = cumulative > uniform[:, None] * cumulative[:, -1:]
-    # A parallel scan may dip by a rounding: a token of weight zero is never the answer.
-    return mx.argmax(passed & (weights > 0), axis=-1).astype(mx.int32)
+def _invert_cdf(xp: Any, weights: Array, uniform: Array) -> Array:
+    """The first token at which the cumulative weight passes the uniform; (B,) int32.
+
+    In two levels, blocks of tokens and then the tokens of one block: a sum over the whole
+    vocabulary one by one is slow, and loses digits of the later tokens.
+    """
+    vocab_size = weights.shape[-1]
+    whole = vocab_size - vocab_size % _BLOCK
+    sums = weights[:, :whole].reshape(weights.shape[0], -1, _BLOCK).sum(axis=-1)
+    if whole < vocab_size:
+        rest = weights[:, whole:].sum(axis=-1, keepdims=True)
+        sums = xp.concatenate([sums, rest], axis=-1)
+    cumulative = xp.cumsum(sums, axis=-1)  # (B, blocks)
+    target = uniform[:, None] * cumulative[:, -1:]
+    block = _first_passing(xp, cumulative, sums, target)
+    before = xp.take_along_axis(cumulative - sums, block, axis=-1)
+    columns = block * _BLOCK + xp.arange(_BLOCK)  # (B, tokens of a block)
+    inside = xp.take_along_axis(weights, xp.minimum(columns, vocab_size - 1), axis=-1)
+    inside = xp.where(columns < vocab_size, inside, xp.zeros_like(inside))
+    token = _first_passing(xp, xp.cumsum(inside, axis=-1), inside, target - before)
+    # A row of NaN has no weight anywhere; its token is of the vocabulary all the same.
+    return xp.minimum(block * _BLOCK + token, vocab_size - 1)[:, 0].astype(xp.int32)
 
 
-def _truncate(scaled: mx.array, table: SamplingTable) -> mx.array:
+def _first_passing(xp: Any, cumulative: Array, parts: Array, target: Array) -> Array:
+    """The first part, (B, 1), at which the sum passes the target, and never one of weight zero.
+
+    Where rounding leaves the last sum short of the target, it is the last part that has weight.
+    """
+    positive = parts > 0
+    passed = (cumulative > target) & positive
+    last = parts.shape[-1] - 1 - xp.argmax(positive[:, ::-1], axis=-1)
+    return xp.where(passed.any(axis=-1), xp.argmax(passed, axis=-1), last)[:, None]
+
+
+def _truncate(xp: Any, scaled: Array, table: SamplingTable) -> Array:
     """`scaled` with -inf where top_k, top_p or min_p drop a token; ties at the edge stay."""
     edge = None
     if table.log_min_p is not None:
-        edge = mx.max(scaled, axis=-1, keepdims=True) + table.log_min_p
+        edge = scaled.max(axis=-1, keepdims=True) + table.log_min_p
     if table.truncations:
-        edge = mx.full((scaled.shape[0], 1), -mx.inf) if edge is None else edge
+        if edge is None:
+            edge = xp.full((scaled.shape[0], 1), -inf, dtype=xp.float32)
         for truncation in table.truncations:
-            edge[truncation.rows, 0] = _smallest_kept(scaled[truncation.rows], truncation)
-    return scaled if edge is None else mx.where(scaled >= edge, scaled, -mx.inf)
+            edge[truncation.rows, 0] = _smallest_kept(xp, scaled[truncation.rows], truncation)
+    return scaled if edge is None else xp.where(scaled >= edge, scaled, xp.array(-inf, xp.float32))
 
 
-def _smallest_kept(scaled: mx.array, truncation: _Truncation) -> mx.array:
+def _smallest_kept(xp: Any, scaled: Array, truncation: _Truncation) -> Array:
     """The smallest logit, (R,), that survives min_p, then top_k, then top_p, as in vLLM."""
     width = truncation.width
-    largest = scaled if width == scaled.shape[-1] else mx.topk(scaled, width, axis=-1)
-    candidates = -mx.sort(-largest, axis=-1)  # (R, W), largest first
-    kept = mx.arange(width) < truncation.top_k[:, None]
+    smallest_first = -scaled
+    if width < scaled.shape[-1]:
+        smallest_first = xp.partition(smallest_first, width - 1, axis=-1)[:, :width]
+    candidates = -xp.sort(smallest_first, axis=-1)  # (R, W), largest first
+    kept = xp.arange(width) < truncation.top_k[:, None]
     kept &= candidates >= candidates[:, :1] + truncation.log_min_p[:, None]
-    weights = mx.softmax(mx.where(kept, candidates, -mx.inf), axis=-1)
-    kept &= mx.cumsum(weights, axis=-1) - weights < truncation.top_p[:, None]
-    return mx.min(mx.where(kept, candidates, mx.inf), axis=-1)
+    weights = xp.where(kept, xp.exp(candidates - candidates[:, :1]), xp.zeros_like(candidates))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    kept &= xp.cumsum(weights, axis=-1) - weights < truncation.top_p[:, None]
+    return xp.where(kept, candidates, xp.array(inf, xp.float32)).min(axis=-1)
 
 
 def _alternatives(
-    logits: mx.array, normalizer: mx.array, index: mx.array, num_top: int
-) -> list[mx.array]:
+    xp: Any, logits: Array, normalizer: Array, index: Array, num_top: int
+) -> list[Array]:
     """Rank of the drawn token, ids and raw logprobs of the most likely ones, best first."""
-    chosen = mx.take_along_axis(logits, index, axis=-1)
-    rank = mx.sum(logits > chosen, axis=-1, keepdims=True).astype(mx.int32) + 1
+    chosen = xp.take_along_axis(logits, index, axis=-1)
+    rank = (logits > chosen).sum(axis=-1, keepdims=True).astype(xp.int32) + 1
     num_top = min(num_top, logits.shape[-1])
     if num_top == 0:
         return [rank]
-    ids = mx.argpartition(-logits, kth=num_top - 1, axis=-1)[:, :num_top]
-    values = mx.take_along_axis(logits, ids, axis=-1)
-    order = mx.argsort(-values, axis=-1)
-    ids = mx.take_along_axis(ids, order, axis=-1).astype(mx.int32)
-    values = mx.take_along_axis(values, order, axis=-1) - normalizer
-    return [rank, ids, values.view(mx.int32)]
+    ids = xp.argpartition(-logits, num_top - 1, axis=-1)[:, :num_top]
+    values = xp.take_along_axis(logits, ids, axis=-1)
+    order = xp.argsort(-values, axis=-1)
+    ids = xp.take_along_axis(ids, order, axis=-1).astype(xp.int32)
+    values = xp.take_along_axis(values, order, axis=-1) - normalizer
+    return [rank.astype(xp.int32), ids, values.view(xp.int32)]

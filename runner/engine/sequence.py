@@ -1,11 +1,12 @@
 """A sequence: one sample of a request while it is in flight, one row of the batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import isnan
 
 from runner.engine.stop import StopStringMatcher
-from runner.types import Completion, FinishReason, Logprob, Request
+from runner.types import Completion, FinishReason, Logprob, Request, TokenLogprobs
 
 
 def stream_key(seed: int, key: str, index: int) -> int:
@@ -35,6 +36,8 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()
     """The model's own, also where `ignore_eos` leaves them out of `stop_token_ids`."""
     stop_matcher: StopStringMatcher | None = None
+    prompt_logprobs: Callable[[], TokenLogprobs] | None = None
+    """Reads the prompt's logprobs off the device, where they are wanted and there."""
     row: int = -1
     num_launched: int = 0
     """Forwards launched for this row; `token_ids` lags it by those not yet read."""
@@ -47,7 +50,7 @@ class Sequence:
     stream: int = field(init=False)
 
     def __post_init__(self) -> None:
-        assert self.max_tokens >= 1, "a sequence samples at least one token"
+        assert self.max_tokens >= 1 or not self.request.needs_row, "a row samples a token"
         assert self.request.params.seed is not None, "the seed is settled before the engine"
         self.stream = stream_key(self.request.params.seed, self.request.key, self.index)
 
@@ -92,6 +95,9 @@ class Sequence:
     def completion(self) -> Completion:
         """The finished sample."""
         assert self.finish_reason is not None, "only a finished sequence is a completion"
+        prompt_logprobs = self.prompt_logprobs() if self.prompt_logprobs is not None else None
+        if prompt_logprobs is not None and any(map(isnan, prompt_logprobs.logprobs)):
+            self.finish_reason = "error"
         return Completion(
             request_id=self.request.request_id,
             index=self.index,
@@ -99,6 +105,7 @@ class Sequence:
             raw_logprobs=self.raw_logprobs,
             processed_logprobs=self.processed_logprobs,
             logprobs=self.logprobs if self.request.params.logprobs is not None else None,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )

@@ -14,7 +14,10 @@ class EngineStats:
     num_prefill_tokens: int = 0
     """Positions forwarded in prefill, pads included."""
     num_cached_tokens: int = 0
-    """Positions that the prefix cache saved from being forwarded."""
+    """Positions that the prefix cache, or a beginning that prompts share, saved from being
+    forwarded."""
+    num_scored_tokens: int = 0
+    """Prompt tokens whose logprob was given."""
     num_completion_tokens: int = 0
     """Tokens sampled that belong to a completion: no pads, nothing past an end."""
     num_steps: int = 0

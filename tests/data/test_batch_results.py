@@ -171,8 +171,22 @@ def test_it_is_time_to_commit_after_so_many_lines(tmp_path: Path) -> None:
     lines = list(batch(tmp_path, *map(str, range(64))))
     run.start()
     assert [run.write(answer(line)) for line in lines].index(True) == 63
-    assert results(tmp_path).num_answers == 64
+    assert len(rows(tmp_path, OUTPUT_FILE)) == 64
     run.close()
+
+
+def test_a_second_process_is_refused_before_it_reads_and_when_it_starts(tmp_path: Path) -> None:
+    late, run = results(tmp_path), results(tmp_path)
+    run.start()
+    for refused in (lambda: results(tmp_path), late.start):
+        with pytest.raises(OutputError, match=r"another process writes there \(pid \d+\)"):
+            refused()
+    run.write(answer(next(iter(batch(tmp_path, "a")))))
+    run.close()
+    with pytest.raises(OutputError, match="another process has written it; start again"):
+        late.start()
+    late.close()
+    assert results(tmp_path).num_answers == 1
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

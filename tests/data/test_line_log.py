@@ -1,18 +1,13 @@
-"""A log of lines: what was committed stays, what was torn goes, one process at a time writes."""
+"""A log of lines: what was committed stays, what was torn goes, and nothing is taken for whole."""
 
-import os
 import resource
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from command_line import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.data.line_log import LineLog, is_being_written
+from runner.data.line_log import LineLog
 from runner.errors import OutputError, StoppedError
 
 LINES = [b"one", b"two", b"three"]
@@ -62,18 +57,6 @@ def test_zeros_of_a_lost_page_and_what_follows_them_are_done_again(tmp_path: Pat
     assert path.read_bytes() == b"one\ntwo\n"
 
 
-def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
-    first = written(tmp_path / "log", LINES)
-    first.commit()
-    second = LineLog(tmp_path / "log")
-    assert list(second.read()) == LINES
-    with pytest.raises(OutputError, match="another process is writing it"):
-        second.open()
-    first.append(b"four")
-    first.close()
-    assert list(LineLog(tmp_path / "log").read()) == [*LINES, b"four"]
-
-
 def test_what_another_wrote_since_the_reading_is_not_overlooked(tmp_path: Path) -> None:
     log = LineLog(tmp_path / "log")
     assert list(log.read()) == []
@@ -81,45 +64,6 @@ def test_what_another_wrote_since_the_reading_is_not_overlooked(tmp_path: Path) 
     with pytest.raises(OutputError, match="start again"):
         log.open()
     assert list(LineLog(tmp_path / "log").read()) == LINES
-
-
-def test_asking_who_writes_makes_no_file_and_keeps_no_lock(tmp_path: Path) -> None:
-    assert not is_being_written(tmp_path / "log")
-    assert list(tmp_path.iterdir()) == []
-    log = written(tmp_path / "log", [])
-    assert is_being_written(tmp_path / "log")
-    log.close()
-    assert not is_being_written(tmp_path / "log")
-    written(tmp_path / "log", []).close()
-
-
-def test_a_lock_ends_with_the_process_and_its_lines_stay(tmp_path: Path) -> None:
-    code = """
-import sys
-from pathlib import Path
-from runner.data.line_log import LineLog
-log = LineLog(Path("log"))
-log.open()
-log.append(b"one")
-log.commit()
-log.append(b"two")
-print("ready", flush=True)
-sys.stdin.read()
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stdout is not None and process.stdin is not None
-    assert process.stdout.readline() == b"ready\n"
-    assert is_being_written(tmp_path / "log")
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdin.close()
-    process.stdout.close()
-    assert not is_being_written(tmp_path / "log")
-    assert list(LineLog(tmp_path / "log").read()) == LINES[:2]
 
 
 def test_what_the_disk_refuses_is_taken_back_and_the_lines_before_stay(tmp_path: Path) -> None:

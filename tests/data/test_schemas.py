@@ -32,6 +32,7 @@ def test_the_result_columns_and_their_types() -> None:
         "text": "string",
         "logprobs": "list<item: float>",
         "raw_logprobs": "list<item: float>",
+        "prompt_logprobs": "list<item: float>",
         "finish_reason": "string",
         "stop_reason": "string",
         "temperature": "double",
@@ -48,6 +49,7 @@ def test_each_logprobs_column_says_which_distribution_it_is_from() -> None:
     schema = result_schema(pa.schema([]))
     assert b"processed" in schema.field("logprobs").metadata[b"distribution"]
     assert b"model" in schema.field("raw_logprobs").metadata[b"distribution"]
+    assert b"model" in schema.field("prompt_logprobs").metadata[b"distribution"]
 
 
 def test_input_columns_follow_with_their_types() -> None:

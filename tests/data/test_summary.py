@@ -1,22 +1,26 @@
-from pathlib import Path
+import json
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runner.data.schemas import result_schema
-from runner.data.summary import summarize
+from runner.data.summary import Totals
 
 SCHEMA = result_schema(pa.schema([]))
 
 
-def part(path: Path, rows: list[dict]) -> Path:
-    table = pa.Table.from_pylist([{"sample_index": 0} | row for row in rows], schema=SCHEMA)
-    with pa.ipc.new_file(path, SCHEMA) as writer:
-        writer.write_table(table)
-    return path
+def totals(*parts: list[dict]) -> Totals:
+    """Those of each part, through JSON as the manifest has them, added up."""
+    found = Totals()
+    for rows in parts:
+        table = pa.Table.from_pylist([{"sample_index": 0} | row for row in rows], schema=SCHEMA)
+        found += Totals.from_json(json.loads(json.dumps(Totals.of(table).as_json())))
+    return found
 
 
-def test_counts_over_all_parts(tmp_path):
+def test_counts_over_all_parts():
     first = [
         {"row_id": "a", "completion_token_ids": [1, 2], "finish_reason": "stop", "reward": 1.0},
         {"row_id": "a", "completion_token_ids": [1], "finish_reason": "stop", "reward": 0.0},
@@ -29,7 +33,7 @@ def test_counts_over_all_parts(tmp_path):
             "error": {"type": "PromptError", "message": "no tokens"},
         },
     ]
-    numbers = summarize([part(tmp_path / "1", first), part(tmp_path / "2", second)])
+    numbers = totals(first, second).report()
     reward = numbers.pop("reward")
     assert numbers == {
         "rows": 3,
@@ -42,7 +46,22 @@ def test_counts_over_all_parts(tmp_path):
     assert reward["std"] == pytest.approx((14 / 3) ** 0.5)
 
 
-def test_without_rows_or_rewards(tmp_path):
-    assert summarize([])["reward"] is None
+def test_without_rows_or_rewards():
+    assert Totals().report()["reward"] is None
     row = {"row_id": "a", "completion_token_ids": [1], "finish_reason": "stop"}
-    assert summarize([part(tmp_path / "1", [row])])["reward"] is None
+    assert totals([row]).report()["reward"] is None
+    assert totals([]) == Totals()
+
+
+@given(st.lists(st.lists(st.floats(-9, 9), max_size=6), max_size=5))
+def test_the_spread_of_the_parts_is_that_of_the_whole(parts):
+    rows = [
+        [{"row_id": f"{i}-{j}", "reward": r} for j, r in enumerate(p)] for i, p in enumerate(parts)
+    ]
+    one, each = totals([row for part in rows for row in part]), totals(*rows)
+    assert each.rows == one.rows == sum(map(len, parts))
+    assert (each.reward.count, each.reward.least, each.reward.most) == (
+        one.reward.count, one.reward.least, one.reward.most,
+    )  # fmt: skip
+    assert each.reward.mean == pytest.approx(one.reward.mean, abs=1e-12)
+    assert each.reward.squares == pytest.approx(one.reward.squares, abs=1e-9)

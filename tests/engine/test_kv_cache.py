@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from runner.engine.kv_cache import KVKind, PromptKVCache
+from runner.engine.kv_segments import Quantization
 from runner.engine.row_caches import RowCaches
 
 KIND = KVKind(key_shape=(2, 4), value_shape=(2, 3), dtype=mx.float32)
@@ -34,7 +35,16 @@ def test_mask_shows_a_row_its_own_columns_and_the_new_one():
     caches.begin_step([0, 5])
     full, sliding = (np.array(layer.make_mask(1))[:, 0, 0] for layer in caches.layers)
     assert [row.nonzero()[0].tolist() for row in full] == [[0], [0, 1, 2, 3, 4, 5]]
-    assert [row.nonzero()[0].tolist() for row in sliding] == [[0], [3, 4, 5]]
+    assert [row.nonzero()[0].tolist() for row in sliding] == [[0], [0, 1, 2]], "a ring of three"
+
+
+def test_a_window_that_the_model_asks_for_is_found_in_a_ring():
+    """Position 9 stands in column 4 of a ring of 5, so its last three are in columns 2 to 4."""
+    caches = RowCaches([KVKind((2, 4), (2, 3), mx.float32, window=5)])
+    caches.reserve(2, 12)
+    caches.begin_step([9, 1])
+    mask = np.array(caches.layers[0].make_mask(1, window_size=3))[:, 0, 0]
+    assert [row.nonzero()[0].tolist() for row in mask] == [[2, 3, 4], [0, 1]]
 
 
 def test_growing_keeps_what_is_there():
@@ -122,3 +132,55 @@ def test_another_layer_can_attend_to_the_same_columns():
     seen = caches.layers[0].update_and_fetch(columns(1, 1, 4, 1.0), columns(1, 1, 3, 1.0))
     for one, other in zip(seen, caches.layers[0].keys_and_values(), strict=True):
         assert mx.array_equal(one, other)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("kept", [0, 4])
+@pytest.mark.parametrize("quantization", [None, Quantization(4, 32), Quantization(8, 64, 100)])
+def test_the_bytes_of_a_slot_are_known_beforehand(window, kept, quantization):
+    kind = KVKind((2, 64), (2, 128), mx.float32, window, False, kept, quantization)
+    caches = RowCaches([kind])
+    caches.reserve(3, 288)
+    assert caches.nbytes == 3 * kind.nbytes(288)
+
+
+def test_quantised_rows_and_prompts_take_a_fraction_of_the_memory():
+    plain = KVKind((2, 64), (2, 64), mx.float32)
+    coarse = KVKind((2, 64), (2, 64), mx.float32, quantization=Quantization(4, 64))
+    share = (4 + 2 * 32 / 64) / 32  # of four-bit entries with a scale and a bias a group
+    assert coarse.nbytes(256) == plain.nbytes(256) * share
+    sizes = []
+    for kind in (plain, coarse):
+        prompt = kind.prompt_cache(2, 50)
+        prompt.update_and_fetch(mx.ones((2, 2, 50, 64)), mx.ones((2, 2, 50, 64)))
+        sizes.append(
+            [sum(a.nbytes for a in arrays) for arrays in (prompt.arrays, prompt.past(0, 9))]
+        )
+    assert sizes[1] == [size * share for size in sizes[0]]
+
+
+def test_a_bounded_row_stops_growing():
+    kind = KVKind((2, 64), (2, 64), mx.float32, window=36, kept=4)
+    assert kind.nbytes(40) == kind.nbytes(100_000) == 40 * 2 * 2 * 64 * 4
+    caches = RowCaches([kind])
+    caches.reserve(1, 100_000)
+    caches.begin_step([99_999])
+    keys, _ = caches.layers[0].update_and_fetch(mx.ones((1, 2, 1, 64)), mx.ones((1, 2, 1, 64)))
+    assert keys.shape[2] == 40 and caches.layers[0].make_mask(1).shape[-1] == 40
+
+
+def test_rows_on_either_side_of_the_start_share_a_batch():
+    kind = KVKind((1, 32), (1, 32), mx.float32, quantization=Quantization(2, 32, start=3))
+    caches = RowCaches([kind])
+    caches.reserve(3, 40)
+    layer, random = caches.layers[0], np.random.default_rng(0)
+    written = mx.array(random.normal(size=(6, 3, 1, 1, 32)).astype(np.float32))
+    rounded = kind.segments[1].decode(kind.segments[1].encode(written))
+    for step in range(6):
+        caches.begin_step([max(step - 2, 0), step, 39])
+        seen, _ = layer.update_and_fetch(written[step], written[step])
+    for row, last in ((0, 3), (1, 5)):
+        for position in range(last + 1):
+            step = position + (2 if row == 0 else 0)
+            expected = written if position < 3 else rounded
+            assert mx.array_equal(seen[row, 0, position], expected[step, row, 0, 0])

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-from command_line import ROOT, results, run_cli, succeed, write_jsonl
+from command_line import ROOT, refused, results, run_cli, succeed, write_jsonl
 from omegaconf import OmegaConf
+
+from runner import LLM
 
 ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i), "level": i} for i in range(6)]
 SHORT = ("sampling.max_tokens=6", "sampling.ignore_eos=true")
@@ -40,7 +42,7 @@ def test_the_directory_holds_rows_manifest_summary_and_config(place):
     printed = generate(place, "data.prompt_column=question", *SHORT)
     out = place / "out"
     assert sorted(p.name for p in out.iterdir()) == [
-        "config.yaml", "manifest.json", "part-00000.arrow", "run.log", "summary.json",
+        "config.yaml", "manifest.jsonl", "part-00000.arrow", "run.log", "summary.json",
     ]  # fmt: skip
     rows = results(out)
     assert rows.height == 6
@@ -51,7 +53,8 @@ def test_the_directory_holds_rows_manifest_summary_and_config(place):
     assert rows["completion_token_ids"].list.len().to_list() == [6] * 6
     assert rows["logprobs"].list.len().to_list() == rows["raw_logprobs"].list.len().to_list()
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["rows"] == summary["samples"] == 6 and summary["complete"]
+    assert summary["rows"] == summary["samples"] == summary["total_rows"] == 6
+    assert summary["complete"]
     assert summary["completion_tokens"] == summary["run"]["completion_tokens"] == 36
     assert summary["finish_reasons"] == {"length": 6} and summary["errors"] == {}
     assert summary["blas"] and summary["versions"]["mlx"] and summary["reward"] is None
@@ -74,6 +77,33 @@ def test_a_run_is_logged_and_reported_to_a_tracker_and_its_status_is_told(place)
     assert b"tokens_per_second" in events.read_bytes()
     shown = succeed("status", "out", cwd=place)
     assert "  state     finished\n  rows      6 of 6 (100%), 0 errors\n" in shown
+
+
+def test_prompt_logprobs_are_a_column_of_the_models_own_distribution(place):
+    write_jsonl(place / "some.jsonl", [{"question": text} for text in ("hello", "a", "")])
+    options = ["data.prompt_column=question", "sampling.prompt_logprobs=0"]
+    generate(place, *options, "sampling.n=2", *SHORT, path="some.jsonl")
+    printed = generate(place, *options, "sampling.max_tokens=0", path="some.jsonl", out="scored")
+    assert "4 tokens of the prompts" in printed
+    rows, scored = results(place / "out"), results(place / "scored")
+    assert rows.schema["prompt_logprobs"] == pl.List(pl.Float32)
+    field = pa.ipc.open_file(place / "out" / "part-00000.arrow").schema.field("prompt_logprobs")
+    assert b"model" in field.metadata[b"distribution"]
+    for table, samples in ((rows, 2), (scored, 1)):
+        hello = table.filter(pl.col("prompt") == "hello")["prompt_logprobs"].to_list()
+        assert len(hello) == samples and all(row == hello[0] for row in hello)
+        assert hello[0][0] is None and len(hello[0]) == 5 and max(hello[0][1:]) < 0
+        alone = table.filter(pl.col("prompt") == "a")["prompt_logprobs"].to_list()
+        assert alone == [[None]] * samples
+        failed = table.filter(pl.col("error").is_not_null())
+        assert failed.height == 1 and failed["prompt_logprobs"].to_list() == [None]
+    assert set(scored["completion_token_ids"].list.len().drop_nulls()) == {0}
+    llm = LLM(place / "tiny")
+    (score,) = llm.score(["hello"], use_tqdm=False)
+    one = scored.filter(pl.col("prompt") == "hello")["prompt_logprobs"][0].to_list()
+    assert one[1:] == pytest.approx(score.logprobs[1:], abs=1e-4)
+    generate(place, "data.prompt_column=question", *SHORT, path="some.jsonl", out="none")
+    assert results(place / "none")["prompt_logprobs"].null_count() == 3
 
 
 def test_results_open_unchanged_in_polars_pyarrow_and_datasets(place):
@@ -177,18 +207,15 @@ def test_limit_offset_and_id_column_choose_and_name_rows(place):
     assert results(place / "out")["row_id"].to_list() == ["1", "2"]
 
 
-def test_an_id_that_names_two_rows_ends_the_run_and_keeps_what_is_done(place):
+def test_an_id_that_names_two_rows_is_refused_before_the_model_is_loaded(place):
     rows = [{"id": name, "prompt": f"row {i}"} for i, name in enumerate([*"abcdefghijkl", "a"])]
     write_jsonl(place / "ids.jsonl", rows)
-    done = run_cli(
+    line = refused(
         "generate", "model.path=tiny", "data.path=ids.jsonl", "data.id_column=id",
-        "engine.max_batch_size=1", "output.dir=out", *SHORT, cwd=place,
+        "model.dtype=bfloat16", "output.dir=out", *SHORT, cwd=place,
     )  # fmt: skip
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == "error: id_column=id: 'a' does not name one row alone"
-    assert "a" in set(results(place / "out")["row_id"])
-    assert not json.loads((place / "out" / "manifest.json").read_text())["complete"]
+    assert line == "error: id_column=id: 'a' names rows 1, 13; give each row its own"
+    assert not (place / "out").exists()
 
 
 def test_a_repeated_prompt_is_two_rows_with_draws_of_their_own(place):
@@ -211,6 +238,30 @@ def test_a_finished_directory_is_left_as_it_is(place):
     printed = generate(place, "data.prompt_column=question", *SHORT)
     assert "holds all 6 results already" in printed
     assert before == {p.name: p.read_bytes() for p in (place / "out").iterdir()}
+
+
+def test_options_about_keys_and_values_decide_results_and_the_batch_size_does_not(place):
+    given = ("data.prompt_column=question", *SHORT)
+    generate(place, *given, "engine.max_kv_size=8")
+    words = ["generate", "model.path=tiny", "data.path=prompts.jsonl", "output.dir=out", *given]
+    changed = ["engine.kv_bits=8", "engine.kv_group_size=32", "engine.quantized_kv_start=4"]
+    for option in (*changed, "engine.max_kv_size=9"):
+        line = refused(*words, *dict.fromkeys(["engine.max_kv_size=8", option]), cwd=place)
+        key, _, value = option.partition("=")
+        assert f"{key}: " in line and line.count(" -> ") == 1 and f"-> {value}" in line
+    printed = generate(place, *given, "engine.max_kv_size=8", "engine.max_batch_size=2")
+    assert "holds all 6 results already" in printed
+
+
+def test_a_bounded_cache_changes_results(place):
+    given = ("data.prompt_column=question", *SHORT)
+    generate(place, *given, "engine.max_kv_size=8", out="bounded")
+    generate(place, *given, "engine.max_kv_size=200", out="roomy")
+    generate(place, *given, out="plain")
+    bounded, roomy, plain = (
+        results(place / name)["raw_logprobs"] for name in ("bounded", "roomy", "plain")
+    )
+    assert roomy.to_list() == plain.to_list() != bounded.to_list()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

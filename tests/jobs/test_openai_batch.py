@@ -353,7 +353,7 @@ def test_an_interrupt_commits_says_how_to_go_on_and_does(
     stop_among_the_answers(process, place, 1000)
     assert read_status(place / "out").state == "running"
     if number == signal.SIGINT:
-        assert "another process is writing it" in refused(*command(), cwd=place)
+        assert f"(pid {process.pid})" in refused(*command(), cwd=place)
     process.send_signal(number)
     process.send_signal(signal.SIGCONT)
     _, printed = process.communicate(timeout=60)

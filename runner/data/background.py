@@ -1,0 +1,126 @@
+"""Reading ahead and writing behind: threads that keep disks out of the way of the model."""
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+from runner.data.writers import ResultWriter
+
+Item = TypeVar("Item")
+_ITEMS = 32
+"""Rows that change threads at once: one at a time, the threads mostly wait for each other."""
+_STOP_SECONDS = 0.05
+
+
+def read_ahead(items: Iterable[Item], *, depth: int = 8) -> Generator[Item]:
+    """Yields `items`, of which a thread holds up to `depth` times 32 ready.
+
+    What `items` raises is raised here, after what came before it. Closing ends the thread.
+    """
+    ready: queue.Queue[tuple[list[Item], BaseException | None]] = queue.Queue(depth)
+    stopped = threading.Event()
+    threading.Thread(target=_read, args=(iter(items), ready, stopped), daemon=True).start()
+    try:
+        while True:
+            chunk, error = ready.get()
+            yield from chunk
+            if error is not None:
+                raise error
+            if not chunk:
+                return
+    finally:
+        stopped.set()
+
+
+def _read(source: Iterator[Item], ready: "queue.Queue[Any]", stopped: threading.Event) -> None:
+    """Puts chunks until one is empty or the source fails; the consumer raises what it raised."""
+    last = False
+    while not last:
+        chunk: list[Item] = []
+        error: BaseException | None = None
+        try:
+            for item in islice(source, _ITEMS):
+                chunk.append(item)
+        except BaseException as failure:
+            error = failure
+        last = error is not None or not chunk
+        while not stopped.is_set():
+            try:
+                ready.put((chunk, error), timeout=_STOP_SECONDS)
+                break
+            except queue.Full:
+                continue
+        last = last or stopped.is_set()
+
+
+class WriteBehind:
+    """Hands rows to a `ResultWriter` in a thread of its own, which also commits what is due.
+
+    `write` waits while the thread has `depth` groups to write. What the thread raises is raised by
+    the next `write`, or by `close`. The thread calls `committed` after every commit but the one of
+    `close`.
+    """
+
+    def __init__(
+        self,
+        writer: ResultWriter,
+        *,
+        depth: int = 256,
+        committed: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._writer = writer
+        self._committed = committed
+        self._groups: queue.Queue[Sequence[Mapping[str, Any]] | None] = queue.Queue(depth)
+        self._failure: BaseException | None = None
+        self._is_raised = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Claims the directory, and starts the thread."""
+        self._writer.start()
+        self._thread.start()
+
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the rows of one group."""
+        self._raise()
+        self._groups.put(rows)
+
+    def close(self, *, complete: bool, input: Any = None) -> None:
+        """Writes what was taken, ends the thread and closes the writer.
+
+        A failure of the thread is raised once, here or by `write`.
+        """
+        if self._thread.is_alive():
+            self._groups.put(None)
+            self._thread.join()
+        try:
+            self._raise()
+        finally:
+            self._writer.close(complete=complete and self._failure is None, input=input)
+
+    def _raise(self) -> None:
+        failure = self._failure
+        if failure is not None and not self._is_raised:
+            self._is_raised = True
+            raise failure
+
+    def _run(self) -> None:
+        while True:
+            try:
+                is_due = None if self._failure else self._writer.seconds_left
+                rows = self._groups.get(timeout=is_due)
+            except queue.Empty:
+                rows = ()
+            if rows is None:
+                return
+            before = self._writer.num_rows
+            try:
+                self._writer.write(rows)
+                self._writer.commit_if_due()
+                if self._writer.num_rows != before:
+                    self._committed()
+            # Whatever it is, the thread that started the run is to end it.
+            except BaseException as failure:
+                self._failure = self._failure or failure

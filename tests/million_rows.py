@@ -1,0 +1,135 @@
+"""Times a job of very many rows whose model is a stub: all that is measured is the runner itself.
+
+`python million_rows.py PLACE ROWS` prints, as JSON, rows per second of a run, of a run that finds
+everything done, of one that goes on in the middle, the time of a merge, and what memory grew by.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from runner.models.blas import load_blas
+
+load_blas()
+
+import hydra  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
+from tiny_files import save_tiny_model  # noqa: E402
+
+from runner import composition, job  # noqa: E402
+from runner.engine.stats import EngineStats  # noqa: E402
+from runner.jobs.generate import generate  # noqa: E402
+from runner.jobs.merge import merge  # noqa: E402
+from runner.models.load import LoadedModel  # noqa: E402
+from runner.types import Completion, PromptRequest, RequestOutput, SamplingParams  # noqa: E402
+
+
+class StubLLM:
+    """Answers every prompt with four tokens at once, as late as a batch of 64 would."""
+
+    def __init__(self, path: str, **options: Any) -> None:
+        blas = SimpleNamespace(name="none", warning=None)
+        self.engine = SimpleNamespace(stats=EngineStats())
+        self.loaded = LoadedModel(
+            model=None, tokenizer=None, name="stub", path=path, dtype="float32",
+            max_model_len=256, blas=blas, device="cpu",
+        )  # fmt: skip
+
+    def check(self, params: SamplingParams) -> None:
+        """Takes any."""
+
+    def run(
+        self,
+        requests: Iterable[PromptRequest | RequestOutput],
+        *,
+        interrupted: Callable[[], bool],
+    ) -> Iterator[RequestOutput]:
+        """Yields an output for each request, 64 behind."""
+        waiting: list[RequestOutput] = []
+        for request in requests:
+            assert isinstance(request, PromptRequest)
+            waiting.append(_answer(request))
+            self.engine.stats.num_requests += 1
+            if len(waiting) == 64:
+                yield from reversed(waiting)
+                waiting = []
+        yield from waiting
+
+
+def _answer(request: PromptRequest) -> RequestOutput:
+    sample = Completion(
+        request_id=request.request_id, index=0, token_ids=[1, 2, 3, 4], text="four",
+        raw_logprobs=[-0.5] * 4, processed_logprobs=[-0.25] * 4, finish_reason="length",
+    )  # fmt: skip
+    return RequestOutput(
+        request_id=request.request_id, prompt=request.prompt.text,
+        prompt_token_ids=[5, 6, 7, 8, 9], outputs=[sample],
+    )  # fmt: skip
+
+
+def timed(work: Callable[[DictConfig], None], config: DictConfig) -> dict[str, float]:
+    """Runs a job in a fork, so that its memory is its own; its seconds and its peak in MiB."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        started = time.monotonic()
+        work(config)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        taken = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time()}
+        found = taken | {"peak_mib": peak}
+        os.write(write, json.dumps(found).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as result:
+        content = result.read()
+    assert os.waitpid(child, 0)[1] == 0, "the job came to its end"
+    return dict(json.loads(content))
+
+
+def main(place: Path, num_rows: int) -> None:
+    """Writes the input, runs the job over a hundredth and over all, and prints what it took."""
+    job.LLM = StubLLM  # type: ignore[assignment,misc]
+    model = save_tiny_model(place / "tiny")
+    with open(place / "rows.jsonl", "w") as file:
+        for number in range(num_rows):
+            file.write(json.dumps({"prompt": f"What is {number}?", "answer": str(number)}) + "\n")
+    composition.register()
+
+    def config(out: str, *overrides: str) -> DictConfig:
+        options = [f"model.path={model}", f"data.path={place / 'rows.jsonl'}", "job=generate"]
+        with hydra.initialize_config_module("runner.conf", version_base="1.3"):
+            given = ["data=custom", *options, *overrides, f"output.dir={place / out}"]
+            return hydra.compose("config", given)
+
+    few = timed(generate, config("few", f"data.limit={max(num_rows // 100, 1)}"))
+    whole = timed(generate, config("out"))
+    again = timed(generate, config("out"))
+    os.utime(place / "rows.jsonl")
+    looked = timed(generate, config("out"))
+    merged = timed(merge, config("out"))
+    grown = whole["peak_mib"] - few["peak_mib"]
+    numbers = {
+        "rows": num_rows,
+        "rows_per_second": num_rows / whole["seconds"],
+        "rows_per_cpu_second": num_rows / whole["cpu_seconds"],
+        "seconds_to_find_all_done": again["seconds"],
+        "seconds_to_find_all_done_in_a_touched_input": looked["seconds"],
+        "seconds_to_merge": merged["seconds"],
+        "mib_of_a_hundredth": few["peak_mib"],
+        "mib_of_all": whole["peak_mib"],
+        "mib_of_finding_all_done": again["peak_mib"],
+        "mib_of_merging": merged["peak_mib"],
+        "bytes_grown_per_row": grown * 2**20 / num_rows,
+    }
+    print(json.dumps(numbers, indent=2))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

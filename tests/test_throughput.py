@@ -1,0 +1,40 @@
+"""The runner itself, with a stub for the model: fast, and in memory that rows hardly grow."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from command_line import ROOT
+
+ROWS = 50_000
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """What `million_rows.py` measures for a twentieth of a million."""
+    place = tmp_path_factory.mktemp("rows")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "million_rows.py"), str(place), str(ROWS)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(json.loads(done.stdout))
+
+
+def test_it_keeps_up_with_any_model(numbers):
+    assert numbers["rows_per_cpu_second"] > 5000
+
+
+def test_memory_does_not_grow_with_the_rows(numbers):
+    # As Python objects, a row and its results take some 4 KiB.
+    assert numbers["bytes_grown_per_row"] < 1000
+    assert numbers["mib_of_finding_all_done"] < numbers["mib_of_a_hundredth"]
+    assert numbers["mib_of_merging"] < numbers["mib_of_a_hundredth"] + 60
+
+
+def test_a_finished_directory_is_found_done_at_once(numbers):
+    share = ROWS / 1_000_000
+    assert numbers["seconds_to_find_all_done"] < 1 + 30 * share
+    assert numbers["seconds_to_find_all_done_in_a_touched_input"] < 3 + 30 * share
