@@ -32,10 +32,15 @@ class EngineConfig:
     cannot be changed when a run is resumed; the others do not change what a row gets.
     """
 
-    max_batch_size: int = 32
-    """Rows decoded together."""
+    # Any: Hydra has no type for a number or one word; `LLM` checks it.
+    max_batch_size: Any = 32
+    """Rows decoded together; auto measures once per model and device what pays."""
+    memory_budget: str | None = None
+    """Bytes that weights, caches and forwards may take together, also written 8GiB or 500MB; fewer
+    rows run at once where they are long. null takes a share of what the device has."""
     prefill_step_size: int = 2048
-    """Prompt tokens, pads included, forwarded at once."""
+    """Prompt tokens, pads included, forwarded at once; prompts prefilled together have no more
+    of them, or 512 where that is more."""
     prefix_cache_bytes: int = 268435456
     """Keys and values kept for prompts that begin like an earlier one; 0 keeps none."""
     kv_bits: int | None = None

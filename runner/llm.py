@@ -1,5 +1,6 @@
 """`LLM`: text in, text out; joins a model, its tokenizer and the engine."""
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,10 @@ from typing import Any, TypeAlias
 from runner.models.load import LoadedModel, load_model  # First: it loads the BLAS, then mlx.
 
 # isort: split
+from runner.batch_size import BatchSizeChoice, choose_batch_size
+from runner.device_memory import default_memory_budget, parse_bytes
 from runner.engine.engine import Engine
+from runner.engine.kv_options import KVOptions
 from runner.engine.stop import TextStream
 from runner.errors import ParameterError, PromptError, RowError
 from runner.progress import Progress
@@ -56,7 +60,8 @@ class LLM:
         revision: str | None = None,
         dtype: str = "auto",
         max_model_len: int | None = None,
-        max_batch_size: int = 32,
+        max_batch_size: int | str = 32,
+        memory_budget: int | str | None = None,
         prefill_step_size: int = 2048,
         prefix_cache_bytes: int = 2**28,
         kv_bits: int | None = None,
@@ -71,6 +76,9 @@ class LLM:
             ModelError: the model cannot be loaded, or the engine does not cover its kind.
             ParameterError: an option has a value that is not allowed.
         """
+        _check_batch_size(max_batch_size)
+        if memory_budget is not None:
+            memory_budget = parse_bytes("memory_budget", memory_budget)
         if not isinstance(model, LoadedModel):
             model = load_model(
                 str(model), revision=revision, dtype=dtype, max_model_len=max_model_len
@@ -81,15 +89,25 @@ class LLM:
         self.model = model.model
         self.tokenizer = model.tokenizer
         self.seed = seed
+        if memory_budget is None:
+            memory_budget = default_memory_budget()
+        self.batch_size_choice: BatchSizeChoice | None = None
+        if isinstance(max_batch_size, str):
+            self.batch_size_choice = choose_batch_size(model, memory_budget=memory_budget)
+            max_batch_size = self.batch_size_choice.max_batch_size
+            print(self.batch_size_choice, file=sys.stderr)
         self.engine = Engine(
             model.model,
             max_batch_size=max_batch_size,
+            memory_budget=memory_budget,
             prefill_step_size=prefill_step_size,
             prefix_cache_bytes=prefix_cache_bytes,
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-            quantized_kv_start=quantized_kv_start,
-            max_kv_size=max_kv_size,
+            kv_options=KVOptions(
+                kv_bits=kv_bits,
+                kv_group_size=kv_group_size,
+                quantized_kv_start=quantized_kv_start,
+                max_kv_size=max_kv_size,
+            ),
             max_model_len=model.max_model_len,
             eos_token_ids=model.tokenizer.eos_token_ids,
             decode=self._decode,
@@ -378,6 +396,14 @@ class LLM:
         self._pending.clear()
         while self.engine.has_unfinished:
             self.engine.step()
+
+
+def _check_batch_size(value: object) -> None:
+    is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not is_size and value != "auto":
+        raise ParameterError(
+            f"max_batch_size={value!r} is not allowed: a whole number of at least 1, or auto"
+        )
 
 
 def _as_prompt(prompt: PromptLike) -> Prompt:

@@ -3,6 +3,7 @@
 import functools
 import resource
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def summary(writer: ResultWriter, llm: LLM, *, total: int | None, seconds: float
             "tokens_per_second": stats.num_completion_tokens / seconds,
             "rows_per_hour": stats.num_requests / seconds * 3600,
             "batch_occupancy": stats.occupancy,
+            "max_batch_size": llm.engine.max_batch_size,
+            "max_batch_size_auto": _auto(llm),
+            "batch_halvings": stats.num_halvings,
+            "memory_budget_bytes": llm.engine.memory.num_bytes,
             "peak_memory_bytes": _peak_memory(),
             "peak_mlx_memory_bytes": mx.get_peak_memory(),
         },
@@ -53,6 +58,11 @@ def summary(writer: ResultWriter, llm: LLM, *, total: int | None, seconds: float
 def _versions() -> dict[str, str]:
     """Looked up once: it reads a file of each package, and a summary comes with every commit."""
     return {"mlx-runner": __version__} | {name: version(name) for name in _PACKAGES}
+
+
+def _auto(llm: LLM) -> dict[str, Any] | None:
+    """What max_batch_size=auto chose and why; None where a number was given."""
+    return None if llm.batch_size_choice is None else asdict(llm.batch_size_choice)
 
 
 def _peak_memory() -> int:
@@ -77,6 +87,8 @@ def print_report(numbers: dict[str, Any], directory: Path) -> None:
     }
     if run["scored_tokens"]:
         lines["scored"] = f"{run['scored_tokens']} tokens of the prompts"
+    if run["batch_halvings"]:
+        lines["batch"] = f"{run['max_batch_size']} rows in the end: memory ran out before"
     if reward is not None:
         lines["reward"] = f"{reward['mean']:.3f} ± {reward['std']:.3f}"
     print()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from runner.types import Completion, ErrorInfo, RequestOutput
+from runner.types import Completion, RequestOutput
 
 
 def result_rows(
@@ -43,7 +43,6 @@ def _sample_columns(sample: Completion) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
         "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),
     }
-    if sample.finish_reason == "error":
-        message = "a logprob is not a number: the model's own, or the options left no token"
-        columns["error"] = asdict(ErrorInfo("ModelOutputError", message))
+    if sample.error is not None:
+        columns["error"] = asdict(sample.error)
     return columns

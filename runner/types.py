@@ -230,6 +230,14 @@ class TokenLogprobs:
         return [*[None] * self.start, *self.logprobs]
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """Why a row could not be done, as it stands in the `error` column."""
+
+    type: str
+    message: str
+
+
 @dataclass(slots=True, kw_only=True)
 class Completion:
     """One finished sample of a request."""
@@ -252,19 +260,13 @@ class Completion:
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended the row; None for end of sequence and length."""
     text: str = ""
+    error: ErrorInfo | None = None
+    """Why, where `finish_reason` is error."""
 
     @property
     def cumulative_logprob(self) -> float:
         """Sum of `raw_logprobs`."""
         return sum(self.raw_logprobs)
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorInfo:
-    """Why a row could not be done, as it stands in the `error` column."""
-
-    type: str
-    message: str
 
 
 @dataclass(slots=True, kw_only=True)

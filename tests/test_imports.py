@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
-    | {"overrides", "run_log", "trackers"},
-    {"identity", "llm", "openai", "status", "watch"},
+    | {"device_memory", "overrides", "run_log", "trackers"},
+    {"batch_size", "identity", "openai", "status", "watch"},
+    {"llm"},
     {"report", "result_rows", "rows", "server"},
     {"job"},
     {"jobs"},

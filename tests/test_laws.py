@@ -60,6 +60,7 @@ sizes = st.fixed_dictionaries(
         "max_batch_size": st.integers(1, 9),
         "prefill_step_size": st.sampled_from([1, 5, 64]),
         "prefix_cache_bytes": st.sampled_from([0, 20_000, 2**20]),
+        "order": st.sampled_from(["offline", "fcfs"]),
     }
 )
 

@@ -1,6 +1,7 @@
 """A tiny random llama and a naive way to sample from it, which the laws are checked against."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from naive_cache import naive_caches
 
 from runner.engine.engine import Engine
+from runner.engine.kv_options import KVOptions
 from runner.engine.sampler import uniforms
 from runner.engine.sequence import stream_key
 from runner.types import Completion, Request, SamplingParams, TokenLogprobs
@@ -43,8 +45,11 @@ def tiny_model(seed: int = 0, **changes: Any) -> nn.Module:
 
 
 def make_engine(model: nn.Module, **options: Any) -> Engine:
-    """An engine with the tiny model's end of sequence."""
-    return Engine(model, **({"eos_token_ids": [EOS], "max_model_len": 256} | options))
+    """An engine with the tiny model's end of sequence; takes the options of `KVOptions` as well."""
+    names = {field.name for field in fields(KVOptions)} & options.keys()
+    kv_options = KVOptions(**{name: options.pop(name) for name in names})
+    given = {"eos_token_ids": [EOS], "max_model_len": 256, "kv_options": kv_options} | options
+    return Engine(model, **given)
 
 
 def request(

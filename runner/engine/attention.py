@@ -17,6 +17,8 @@ from runner.engine.cpu_math import softmax_in_place, view
 plain_attention = base.scaled_dot_product_attention
 _BLOCK = 128
 """Queries of one product; bounds the scores that exist at once."""
+_COLUMN_BLOCK = 256
+"""Columns that are summed in one product: fewer than any BLAS cuts in parts."""
 
 
 def attention(
@@ -86,4 +88,18 @@ def _attend(
     elif hidden is not None:
         weights += hidden
     softmax_in_place(weights, None if sinks is None else view(sinks).reshape(-1, 1, 1))
-    return (scores @ values).reshape(rows, heads, num_queries, values.shape[-1])
+    return _weighted_sum(scores, values).reshape(rows, heads, num_queries, values.shape[-1])
+
+
+def _weighted_sum(weights: mx.array, values: mx.array) -> mx.array:
+    """(B, H, M, C) @ (B, H, C, D), summed over blocks of columns that begin at fixed places.
+
+    A BLAS cuts a long sum in parts by its length, so that columns of weight zero behind it would
+    change the last bits.
+    """
+    num_columns = weights.shape[-1]
+    total = weights[..., :_COLUMN_BLOCK] @ values[:, :, :_COLUMN_BLOCK]
+    for start in range(_COLUMN_BLOCK, num_columns, _COLUMN_BLOCK):
+        end = start + _COLUMN_BLOCK
+        total = total + weights[..., start:end] @ values[:, :, start:end]
+    return total

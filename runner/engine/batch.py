@@ -44,8 +44,7 @@ def _draw(row: np.ndarray, floats: np.ndarray, sequence: Sequence) -> Draw:
 class Batch:
     """A table of row slots; a slot is empty or holds one sequence."""
 
-    def __init__(self, *, max_batch_size: int, vocab_size: int) -> None:
-        self._max_batch_size = max_batch_size
+    def __init__(self, *, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self.rows: list[Sequence | None] = []
         self._token_ids = mx.zeros((0,), mx.int32)
@@ -59,18 +58,12 @@ class Batch:
         return [sequence for sequence in self.rows if sequence is not None]
 
     @property
-    def num_free_rows(self) -> int:
-        """Slots that a new sequence could take."""
-        return self._max_batch_size - len(self.sequences)
-
-    @property
     def wants_forward(self) -> bool:
         """Whether any row has a token left to sample."""
         return any(sequence.wants_forward for sequence in self.sequences)
 
     def place(self, sequence: Sequence) -> None:
-        """Puts a sequence into the first empty slot."""
-        assert self.num_free_rows > 0, "no row is free"
+        """Puts a sequence into the first empty slot, or a new one."""
         if None not in self.rows:
             self.rows.append(None)
         sequence.row = self.rows.index(None)
@@ -89,7 +82,7 @@ class Batch:
         self.rows = [self.rows[row] for row in kept]
         for row, sequence in enumerate(self.sequences):
             sequence.row = row
-        self._token_ids = self._token_ids[mx.array(kept)]
+        self._token_ids = self._token_ids[mx.array(kept, mx.int32)]
         self._table = None
         return kept
 

@@ -24,6 +24,10 @@ class ListKind:
         """Whether any part is."""
         return any(part.is_recurrent for part in self.parts)
 
+    def nbytes(self, num_columns: int) -> int:
+        """Bytes of one slot with that many columns."""
+        return sum(part.nbytes(num_columns) for part in self.parts)
+
     def prompt_cache(self, num_prompts: int, max_length: int) -> "PromptCacheList":
         """Empty caches of prompts in prefill."""
         return PromptCacheList(self, num_prompts, max_length)

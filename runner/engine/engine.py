@@ -1,18 +1,26 @@
 """The engine: requests in, completions out, one batch of padded rows between them."""
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 
 import mlx.nn as nn
 
 from runner.engine.batch import Batch, InFlight
+from runner.engine.checks import ParamsCheck, check_at_least, check_prompt
 from runner.engine.kv_options import KVOptions
 from runner.engine.model_runner import ModelRunner, Prefill, ReadyPrompt
-from runner.engine.scheduler import Scheduler
-from runner.engine.sequence import Sequence
+from runner.engine.recovery import (
+    Unfinished,
+    is_allocation_failure,
+    smaller_batch_size,
+    unfinished,
+)
+from runner.engine.scheduler import FreeRows, Order, Scheduler
+from runner.engine.sequence import Sequence, num_columns
 from runner.engine.stats import EngineStats
 from runner.engine.stop import Decode, StopStringMatcher
 from runner.errors import ParameterError, PromptError
-from runner.types import Completion, Request, SamplingParams
+from runner.types import Completion, ErrorInfo, Request, SamplingParams
 
 
 class Engine:
@@ -30,10 +38,9 @@ class Engine:
         prefill_step_size: int = 2048,
         prefix_cache_bytes: int = 2**28,
         max_model_len: int | None = None,
-        kv_bits: int | None = None,
-        kv_group_size: int = 64,
-        quantized_kv_start: int = 0,
-        max_kv_size: int | None = None,
+        kv_options: KVOptions | None = None,
+        memory_budget: int | None = None,
+        order: Order = "offline",
         eos_token_ids: Collection[int] = (),
         decode: Decode | None = None,
     ) -> None:
@@ -46,45 +53,58 @@ class Engine:
             prefix_cache_bytes: keys, values and states kept for prompts that begin like an earlier
                 one; 0 keeps none.
             max_model_len: tokens of prompt and completion together; None for no limit.
-            kv_bits, kv_group_size, quantized_kv_start, max_kv_size: coarser or fewer keys and
-                values, as `EngineConfig` says; these change results.
+            kv_options: coarser or fewer keys and values; these change results.
+            memory_budget: bytes for weights, caches and forwards together; None for no limit.
+            order: in which requests are taken, as `Scheduler` says.
             eos_token_ids: tokens that end every row that does not set `ignore_eos`.
             decode: token ids -> text; needed for stop strings alone.
 
         Raises:
             ModelError: a layer of the model keeps a kind of past that is not covered, or the model
                 is one of those that are wrong in a padded batch.
-            ParameterError: a size is below 1, or an option does not suit the model.
+            ParameterError: a size is below 1, an option does not suit the model, or the memory
+                budget holds no row.
         """
-        _check_sizes(max_batch_size, prefill_step_size, prefix_cache_bytes, max_model_len)
-        self.max_batch_size = max_batch_size
-        self.max_model_len = max_model_len
+        check_at_least(1, max_batch_size=max_batch_size, prefill_step_size=prefill_step_size)
+        check_at_least(1, max_model_len=max_model_len, memory_budget=memory_budget)
+        check_at_least(0, prefix_cache_bytes=prefix_cache_bytes)
+        self.max_batch_size, self.max_model_len = max_batch_size, max_model_len
         self.stats = EngineStats()
-        self._decode = decode
         self._runner = ModelRunner(
             model,
             prefill_step_size=prefill_step_size,
             prefix_cache_bytes=prefix_cache_bytes,
-            kv_options=KVOptions(
-                kv_bits=kv_bits,
-                kv_group_size=kv_group_size,
-                quantized_kv_start=quantized_kv_start,
-                max_kv_size=max_kv_size,
-            ),
+            kv_options=kv_options or KVOptions(),
         )
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
         self._eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
+        self.memory = self._runner.memory_budget(memory_budget)
         self._scheduler = Scheduler(
             max_batch_size=max_batch_size,
-            max_scored_tokens=prefill_step_size,
+            max_prefill_tokens=self._runner.max_prefill_tokens,
             max_scored_positions=self._runner.max_scored_positions,
+            order=order,
+            max_model_len=max_model_len,
+            shares_prefixes=prefix_cache_bytes > 0 and not self._runner.is_recurrent,
         )
-        self._batch = Batch(max_batch_size=max_batch_size, vocab_size=self._runner.vocab_size)
+        self._params_check = ParamsCheck(
+            vocab_size=self._runner.vocab_size,
+            eos_token_ids=self._eos,
+            has_decode=decode is not None,
+            has_limit=max_model_len is not None,
+        )
+        self._decode = decode
+        self._started_over: dict[str, list[int]] = {}
+        self._clear()
+        self._aborting: set[str] = set()
+
+    def _clear(self) -> None:
+        """Nothing is in flight."""
+        self._batch = Batch(vocab_size=self._runner.vocab_size)
         self._prefill: Prefill | None = None
         self._ready: list[ReadyPrompt] = []
         self._scored: list[ReadyPrompt] = []
         self._in_flight: InFlight | None = None
-        self._aborting: set[str] = set()
 
     @property
     def wants_requests(self) -> bool:
@@ -102,7 +122,7 @@ class Engine:
 
         Raises:
             PromptError: the prompt is empty, leaves no room in the context or holds a token id
-                that the vocabulary does not have.
+                that the vocabulary does not have, or one row of it is more than the memory budget.
             ParameterError: the sampling parameters cannot be followed by this engine, as
                 `check_params` says.
         """
@@ -112,14 +132,12 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         length, most = len(request.prompt_token_ids), self.max_model_len
-        if length == 0:
-            raise PromptError("the prompt has no tokens")
-        if most is not None and length + request.needs_row > most:
-            raise PromptError(f"the prompt has {length} tokens; the context holds {most} in all")
-        for token_id in request.prompt_token_ids:
-            if not 0 <= token_id < self._runner.vocab_size:
-                size = self._runner.vocab_size
-                raise PromptError(f"token id {token_id} is not in the vocabulary of {size}")
+        check_prompt(request, self._runner.vocab_size, most)
+        if request.params.max_tokens is not None or most is not None:
+            columns = num_columns(request, most)
+            if shortage := self.memory.shortage(columns):
+                what = f"{length} tokens of prompt and up to {columns - length} of completion"
+                raise PromptError(f"{what} {shortage}")
         self.check_params(request.params, request.bad_words_token_ids)
 
     def check_params(
@@ -128,37 +146,13 @@ class Engine:
         """Raises ParameterError for what no request to this engine can ask.
 
         That is stop strings without a `decode`, no limit at all, bad words that are not tokenised,
-        token ids that the vocabulary does not have, and options that leave no token to sample.
+        token ids that the vocabulary does not have, options that leave no token to sample, and a
+        max_tokens that the memory budget does not hold.
         """
-        if params.stop and self._decode is None:
-            raise ParameterError("stop strings need an engine that was given `decode`")
-        if params.max_tokens is None and self.max_model_len is None:
-            raise ParameterError("max_tokens=None needs an engine that was given max_model_len")
-        if params.bad_words and not bad_words_token_ids:
-            raise ParameterError("bad_words need a request that has bad_words_token_ids")
-        for name, token_ids in (
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias or ()),
-            ("allowed_token_ids", params.allowed_token_ids or ()),
-            *(("bad_words", word) for word in bad_words_token_ids),
-        ):
-            self._check_token_ids(name, token_ids)
-        never = {next(iter(word)) for word in bad_words_token_ids if len(word) == 1}
-        if params.min_tokens > 0:
-            never |= self._eos | set(params.stop_token_ids)
-        if params.allowed_token_ids and never.issuperset(params.allowed_token_ids):
-            what = "what bad_words and min_tokens leave of it is empty"
-            raise ParameterError(f"allowed_token_ids={params.allowed_token_ids}: {what}")
-
-    def _check_token_ids(self, name: str, token_ids: Collection[int]) -> None:
-        size = self._runner.vocab_size
-        if name == "bad_words" and not token_ids:
-            raise ParameterError("bad_words holds a word without tokens")
-        for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
-            if not 0 <= token_id < size:
-                raise ParameterError(
-                    f"{name} has the token id {token_id}; the vocabulary has 0 to {size - 1}"
-                )
+        self._params_check(params, bad_words_token_ids)
+        most = [self.max_model_len, None if params.max_tokens is None else params.max_tokens + 1]
+        if shortage := self.memory.shortage(min(limit for limit in most if limit is not None)):
+            raise ParameterError(f"max_tokens={params.max_tokens} is not allowed: a row {shortage}")
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Runs requests, pulled as they are needed; yields each sample as it finishes."""
@@ -181,19 +175,33 @@ class Engine:
         self._aborting.add(request_id)
         waiting = self._scheduler.remove(request_id)
         if waiting is not None:
-            self._ready.append(ReadyPrompt(waiting, caches=[], row=0))
+            prompt = ReadyPrompt(waiting, [], 0, indices=self._indices(waiting))
+            self._ready.append(prompt)
 
     def step(self) -> list[Completion]:
-        """Prefills a chunk, launches a decode of all rows, reads the decode before that."""
+        """Prefills a chunk, launches a decode of all rows, reads the decode before that.
+
+        Where memory runs out, the rows in flight start over in a batch of half the size.
+        """
         aborted = self._end_aborted()
-        # Read once the next prefill is on its way.
-        scored, self._scored = self._scored, []
+        try:
+            return aborted + self._advance()
+        except (RuntimeError, MemoryError) as error:
+            if not is_allocation_failure(error):
+                raise
+            reason = str(error)
+        # Not in the handler: the traceback holds the arrays of the forward that failed.
+        return aborted + self._start_over(reason)
+
+    def _advance(self) -> list[Completion]:
+        scored = list(self._scored)  # Read once the next prefill is on its way.
         self._advance_prefill()
         self._start_ready()
         launched = self._launch()
         finished = [self._only_scored(prompt) for prompt in scored] + self._collect()
+        del self._scored[: len(scored)]
         self._in_flight = launched
-        return aborted + finished
+        return finished
 
     def _only_scored(self, prompt: ReadyPrompt) -> Completion:
         """The end of a request that samples nothing and so needs no row."""
@@ -203,7 +211,7 @@ class Engine:
 
     def _advance_prefill(self) -> None:
         if self._prefill is None and not self._ready:
-            requests = self._scheduler.next_prompts(self._batch.num_free_rows)
+            requests = self._scheduler.next_prompts(self._free_rows())
             if requests:
                 self._prefill = self._runner.start_prefill(requests)
                 self.stats.num_cached_tokens += self._prefill.num_saved
@@ -214,33 +222,48 @@ class Engine:
             prompts = self._runner.finish_prefill(self._prefill)
             self.stats.num_prompt_tokens += sum(len(p.request.prompt_token_ids) for p in prompts)
             self.stats.num_scored_tokens += sum(p.request.num_scored for p in prompts)
+            for prompt in prompts:
+                prompt.indices = self._indices(prompt.request)
             self._ready += [p for p in prompts if p.request.needs_row]
             self._scored += [p for p in prompts if not p.request.needs_row]
             self._prefill = None
 
+    def _free_rows(self, placed: Iterable[Sequence] = ()) -> FreeRows:
+        """How many rows could start now, by the columns that the longest of them comes to."""
+        rows = [*self._batch.sequences, *placed]
+        most = max((row.num_columns for row in rows), default=0)
+        return lambda columns: self._max_rows(max(columns, most)) - len(rows)
+
+    def _max_rows(self, num_columns: int) -> int:
+        return min(self.max_batch_size, self.memory.max_rows(num_columns))
+
     def _start_ready(self) -> None:
         """Starts as many samples of prefilled prompts as there are free rows."""
-        started: list[tuple[ReadyPrompt, list[int]]] = []
-        while self._ready and self._batch.num_free_rows:
-            prompt = self._ready[0]
-            indices = range(prompt.num_started, prompt.request.params.n)
-            sequences = [self._sequence(prompt, i) for i in indices]
-            sequences = sequences[: self._batch.num_free_rows]
-            for sequence in sequences:
-                self._batch.place(sequence)
-            started.append((prompt, [sequence.row for sequence in sequences]))
-            prompt.num_started += len(sequences)
-            if prompt.num_left == 0:
-                self._ready.pop(0)
-        if started:
-            self._reserve()  # Once for all of them: what grows is copied whole.
+        started: list[tuple[ReadyPrompt, list[Sequence]]] = []
+        for prompt in self._ready:
+            free_rows = self._free_rows(row for _, rows in started for row in rows)
+            num_free = free_rows(num_columns(prompt.request, self.max_model_len))
+            indices = prompt.indices[: max(0, num_free)]
+            if not indices:
+                break
+            started.append((prompt, [self._sequence(prompt, index) for index in indices]))
+        if not started:
+            return
+        self._place([row for _, rows in started for row in rows])
         for prompt, rows in started:
-            self._runner.fork(prompt, rows)
+            self._runner.fork(prompt, [row.row for row in rows])
+            del prompt.indices[: len(rows)]
+        self._ready = [prompt for prompt in self._ready if prompt.indices]
 
-    def _room(self, request: Request) -> int | None:
-        """Tokens that the context has left after the prompt; None where it has no limit."""
-        most = self.max_model_len
-        return None if most is None else most - len(request.prompt_token_ids)
+    def _place(self, started: list[Sequence]) -> None:
+        """Gives rows their slots, all at once: where the slots grow, they are copied whole."""
+        most = max(row.num_columns for row in [*self._batch.sequences, *started])
+        if len(self._batch.rows) > self._max_rows(most):
+            # Rows may be fewer where they are longer, and an empty slot is as long as any.
+            self._runner.caches.keep_rows(self._batch.compact())
+        for sequence in started:
+            self._batch.place(sequence)
+        self._reserve()
 
     def _sequence(self, prompt: ReadyPrompt, index: int) -> Sequence:
         request, matcher = prompt.request, None
@@ -253,12 +276,12 @@ class Engine:
                 skip_special_tokens=params.skip_special_tokens,
                 min_tokens=params.min_tokens,
             )
-        most = [params.max_tokens, self._room(request)]
+        length = len(request.prompt_token_ids)
         stop_token_ids = frozenset(params.stop_token_ids)
         return Sequence(
             request,
             index,
-            max_tokens=min(limit for limit in most if limit is not None),
+            max_tokens=num_columns(request, self.max_model_len) - length,
             stop_token_ids=stop_token_ids | (frozenset() if params.ignore_eos else self._eos),
             eos_token_ids=self._eos,
             stop_matcher=matcher,
@@ -266,8 +289,10 @@ class Engine:
         )
 
     def _reserve(self) -> None:
-        columns = max(sequence.position for sequence in self._batch.sequences) + 1
-        self._runner.reserve(len(self._batch.rows), columns)
+        live = self._batch.sequences
+        columns = max(sequence.position for sequence in live) + 1
+        most = max(sequence.num_columns for sequence in live)
+        self._runner.reserve(len(self._batch.rows), columns, most)
 
     def _launch(self) -> InFlight | None:
         """Sends the next decode on its way, without waiting for the one before it."""
@@ -284,10 +309,12 @@ class Engine:
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
-        prefilling = self._prefill.requests if self._prefill is not None else []
-        waiting = self._scheduler.wants_rows and not self._ready
-        coming = waiting or any(request.needs_row for request in prefilling)
-        return coming and self._batch.num_free_rows > len(self._batch.sequences)
+        if self._prefill is not None:
+            coming = any(request.needs_row for request in self._prefill.requests)
+        else:
+            coming = not self._ready and self._scheduler.wants_rows
+        num_free = self._free_rows()(self._scheduler.next_num_columns)
+        return coming and num_free > len(self._batch.sequences)
 
     def _compact(self) -> None:
         """Drops empty slots once they are a quarter of the batch and nothing waits to fill them."""
@@ -324,8 +351,7 @@ class Engine:
             self._batch.release(sequence)
         for queue in (self._ready, self._scored):
             for prompt in [p for p in queue if p.request.request_id in self._aborting]:
-                unstarted = range(prompt.num_started, prompt.request.params.n)
-                ended += [self._sequence(prompt, i) for i in unstarted]
+                ended += [self._sequence(prompt, i) for i in prompt.indices]
                 queue.remove(prompt)
         for sequence in ended:
             sequence.finish_reason = "abort"
@@ -334,15 +360,40 @@ class Engine:
         self._aborting &= {request.request_id for request in prefilling}
         return [sequence.completion() for sequence in ended]
 
+    def _start_over(self, reason: str) -> list[Completion]:
+        """Lets all in flight wait again, for a smaller batch; what stood alone is an error.
 
-def _check_sizes(
-    max_batch_size: int, prefill_step_size: int, prefix_cache_bytes: int, max_model_len: int | None
-) -> None:
-    for name, size, least in (
-        ("max_batch_size", max_batch_size, 1),
-        ("prefill_step_size", prefill_step_size, 1),
-        ("prefix_cache_bytes", prefix_cache_bytes, 0),
-        ("max_model_len", 1 if max_model_len is None else max_model_len, 1),
-    ):
-        if size < least:
-            raise ParameterError(f"{name}={size} is not allowed: at least {least}")
+        Every draw is keyed by its position, so a row that starts over draws what it had drawn.
+        """
+        rows = self._batch.sequences
+        ready = [(p.request, p.indices) for p in (*self._ready, *self._scored)]
+        prefilling = self._prefill.requests if self._prefill is not None else []
+        left = unfinished(rows, ready, [(r, self._indices(r)) for r in prefilling])
+        size = smaller_batch_size(
+            self.max_batch_size, num_rows=len(rows), ready=ready, num_prefilling=len(prefilling)
+        )
+        self._clear()
+        self._runner.drop_caches()
+        if size == 0:
+            return self._failed(left, f"memory ran out for this row alone: {reason}")
+        self.max_batch_size = size
+        self.stats.num_halvings += 1
+        self.stats.num_prompt_tokens -= sum(
+            len(request.prompt_token_ids) for request, _ in left if request not in prefilling
+        )
+        self.stats.num_completion_tokens -= sum(len(row.token_ids) for row in rows)
+        self._started_over |= {request.request_id: indices for request, indices in left}
+        self._scheduler.put_back(request for request, _ in left)
+        warnings.warn(f"memory ran out; {size} rows at most from now on: {reason}", stacklevel=3)
+        return []
+
+    def _indices(self, request: Request) -> list[int]:
+        """The samples of a request that is prefilled which are to be started."""
+        return self._started_over.pop(request.request_id, list(range(request.params.n)))
+
+    def _failed(self, left: list[Unfinished], message: str) -> list[Completion]:
+        prompts = [(ReadyPrompt(request, [], 0), indices) for request, indices in left]
+        sequences = [self._sequence(prompt, i) for prompt, indices in prompts for i in indices]
+        for sequence in sequences:
+            sequence.fail(ErrorInfo("MemoryError", message))
+        return [sequence.completion() for sequence in sequences]

@@ -240,10 +240,10 @@ class RowKVCache(_Stored):
         """Makes room for rows and columns; what is there stays where it is."""
         for segment, arrays in self._parts:
             old, arrays[:] = list(arrays), self._kind.zeros(segment, num_rows, num_columns)
-            rows, _, columns, _ = old[0].shape
-            if rows and columns:
+            rows, kept = old[0].shape[0], min(old[0].shape[2], arrays[0].shape[2])
+            if rows and kept:
                 for array, before in zip(arrays, old, strict=True):
-                    array[:rows, :, :columns] = before
+                    array[:rows, :, :kept] = before[:, :, :kept]
 
     def begin_step(self, offset: mx.array, num_columns: int) -> None:
         """Sets each slot's column, (B,) int32, for the next forward, and the columns in use."""

@@ -47,7 +47,10 @@ class RowCache(Protocol):
         ...
 
     def reserve(self, num_rows: int, num_columns: int) -> None:
-        """Makes room for rows and columns; what is there stays where it is."""
+        """Makes room for rows and columns; what is there stays where it is.
+
+        Rows never become fewer; columns do, and those dropped hold nothing that is needed.
+        """
         ...
 
     def write_prefix(self, rows: Sequence[int], past: Past) -> None:
@@ -74,6 +77,10 @@ class LayerKind(Protocol):
     @property
     def is_recurrent(self) -> bool:
         """Whether the past is a state that can be neither cut nor padded."""
+        ...
+
+    def nbytes(self, num_columns: int) -> int:
+        """Bytes of one slot with that many columns."""
         ...
 
     def prompt_cache(self, num_prompts: int, max_length: int) -> PromptCache:

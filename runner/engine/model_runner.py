@@ -1,22 +1,27 @@
 """Forwards: prompts into caches of their own, then all rows of the batch together."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from runner.engine.cpu_kernels import CPUKernels
 from runner.engine.kv_options import KVOptions
 from runner.engine.layer_cache import Past, PromptCache
 from runner.engine.layer_kinds import layer_kinds
+from runner.engine.memory import MemoryBudget
 from runner.engine.prefix_cache import MIN_TOKENS, PrefixCache, num_shared
 from runner.engine.row_caches import RowCaches
 from runner.engine.scoring import PromptScores, max_scored_positions
 from runner.types import Request, TokenLogprobs
+
+_MIN_TOGETHER = 512
+"""Tokens of prompts that are prefilled together however small the chunks are."""
 
 
 @dataclass(slots=True)
@@ -80,12 +85,8 @@ class ReadyPrompt:
     row: int
     """Where the prompt stands in its prefill."""
     scores: PromptScores | None = None
-    num_started: int = 0
-
-    @property
-    def num_left(self) -> int:
-        """Samples that have not started."""
-        return self.request.params.n - self.num_started
+    indices: list[int] = field(default_factory=list)
+    """The samples that have not started."""
 
     @property
     def num_cached(self) -> int:
@@ -127,13 +128,14 @@ class ModelRunner:
         self._model = model
         self._kernels = CPUKernels(model)
         kinds, self.vocab_size = layer_kinds(model)
-        self._kinds = kv_options.applied(kinds)
-        self._is_recurrent = any(kind.is_recurrent for kind in self._kinds)
+        self.kinds = kv_options.applied(kinds)
+        self.is_recurrent = any(kind.is_recurrent for kind in self.kinds)
         self._prefill_step_size = prefill_step_size
+        self._prefix_cache_bytes = prefix_cache_bytes
         self.max_scored_positions = max_scored_positions(self.vocab_size)
-        self.caches = RowCaches(self._kinds)
+        self.caches = RowCaches(self.kinds)
         self._prefix_cache = PrefixCache(
-            max_bytes=prefix_cache_bytes, whole_entries=self._is_recurrent
+            max_bytes=prefix_cache_bytes, whole_entries=self.is_recurrent
         )
 
     def start_prefill(self, requests: list[Request]) -> Prefill:
@@ -158,7 +160,7 @@ class ModelRunner:
         padded = np.zeros((len(requests), max(lengths)), np.int32)
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             padded[row, :length] = request.prompt_token_ids[:length]
-        caches = [kind.prompt_cache(*padded.shape) for kind in self._kinds]
+        caches = [kind.prompt_cache(*padded.shape) for kind in self.kinds]
         scores = PromptScores(requests) if any(r.is_scored for r in requests) else None
         return Prefill(requests, caches, mx.array(padded), scores=scores)
 
@@ -190,7 +192,7 @@ class ModelRunner:
             size = min(size, scores.first_column - prefill.num_done)
         elif scores is not None:
             size = min(size, max(1, self.max_scored_positions // num_prompts))
-        if self._is_recurrent and size > 0:
+        if self.is_recurrent and size > 0:
             size = min(size, prefill.num_to_next_end)
         return size
 
@@ -221,16 +223,41 @@ class ModelRunner:
             tuple(mx.contiguous(array) for array in cache.past(row, len(token_ids)))
             for cache in prefill.caches
         ]
+        # Now: until it is made, the copy holds on to the whole prefill.
+        mx.async_eval(pasts)  # type: ignore[no-untyped-call]
         self._prefix_cache.add(token_ids, pasts)
         return pasts
+
+    @property
+    def max_prefill_tokens(self) -> int:
+        """Tokens, pads included, of prompts that are prefilled together."""
+        return max(self._prefill_step_size, _MIN_TOGETHER)
+
+    def memory_budget(self, num_bytes: int | None) -> MemoryBudget:
+        """What a run with this model may take, of `num_bytes` in all."""
+        parameters = tree_flatten(self._model.parameters())
+        return MemoryBudget(
+            num_bytes=num_bytes,
+            kinds=self.kinds,
+            weights_bytes=sum(array.nbytes for _, array in parameters),
+            prefix_cache_bytes=self._prefix_cache_bytes,
+            max_prefill_tokens=self.max_prefill_tokens,
+        )
 
     def clear_prefix_cache(self) -> None:
         """Forgets the prompts of before."""
         self._prefix_cache.clear()
 
-    def reserve(self, num_rows: int, num_columns: int) -> None:
-        """Makes room in the row slots."""
-        self.caches.reserve(num_rows, num_columns)
+    def drop_caches(self) -> None:
+        """Gives back the memory of everything but the weights; all rows are gone."""
+        self._prefix_cache.clear()
+        self.caches = RowCaches(self.kinds)
+        mx.synchronize()
+        mx.clear_cache()
+
+    def reserve(self, num_rows: int, num_columns: int, most_columns: int) -> None:
+        """Makes room in the row slots, of which none will need more than `most_columns`."""
+        self.caches.reserve(num_rows, num_columns, most_columns)
 
     def fork(self, prompt: ReadyPrompt, rows: Sequence[int]) -> None:
         """Copies a prompt's past into row slots, also an empty one: a slot may hold a state."""

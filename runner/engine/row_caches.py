@@ -9,6 +9,12 @@ from runner.engine.layer_cache import LayerKind, RowCache
 _COLUMN_STEP = 32
 """Attended columns are rounded up to this, so that few shapes occur."""
 _MIN_CAPACITY = 256
+_NO_LIMIT = 2**62
+
+
+def rounded_up(num_columns: int) -> int:
+    """The columns of a slot that has room for `num_columns`."""
+    return -(-num_columns // _COLUMN_STEP) * _COLUMN_STEP
 
 
 class RowCaches:
@@ -24,24 +30,33 @@ class RowCaches:
         """Bytes that the slots take."""
         return sum(array.nbytes for layer in self.layers for array in layer.arrays)
 
-    def reserve(self, num_rows: int, num_columns: int) -> None:
-        """Makes room for `num_rows` slots of `num_columns`.
+    def reserve(self, num_rows: int, num_columns: int, most_columns: int | None = None) -> None:
+        """Makes room for `num_rows` slots of `num_columns`, which come to `most_columns` at most.
 
-        Columns grow by half of what is there, so that a long row copies the batch rarely.
+        Columns grow by half of what is there, so that a long row copies the batch rarely, and
+        shrink once twice of what the rows can still need is there.
         """
-        if num_rows <= self.num_rows and num_columns <= self.capacity:
-            return
-        if num_columns > self.capacity:
-            grown = max(num_columns, self.capacity + self.capacity // 2, _MIN_CAPACITY)
-            self.capacity = -(-grown // _COLUMN_STEP) * _COLUMN_STEP
-        self.num_rows = max(num_rows, self.num_rows)
+        most = _NO_LIMIT if most_columns is None else rounded_up(most_columns)
+        capacity = self.capacity
+        if num_columns > capacity:
+            grown = max(num_columns, capacity + capacity // 2, _MIN_CAPACITY)
+            capacity = min(rounded_up(grown), most)
+        elif num_rows > self.num_rows or capacity >= 2 * max(most, _MIN_CAPACITY):
+            capacity = min(capacity, most)
+        if num_rows > self.num_rows or capacity != self.capacity:
+            self._resize(max(num_rows, self.num_rows), capacity)
+
+    def _resize(self, num_rows: int, capacity: int) -> None:
+        self.num_rows, self.capacity = num_rows, capacity
         for layer in self.layers:
-            layer.reserve(self.num_rows, self.capacity)
+            layer.reserve(num_rows, capacity)
+            # One by one, so that at no time two whole caches are held.
+            mx.eval(layer.arrays)
 
     def begin_step(self, positions: Sequence[int]) -> None:
         """Sets the column, one per slot, at which the next forward writes."""
         columns = mx.array(list(positions), mx.int32)
-        used = min(-(-(max(positions) + 1) // _COLUMN_STEP) * _COLUMN_STEP, self.capacity)
+        used = min(rounded_up(max(positions) + 1), self.capacity)
         for layer in self.layers:
             layer.begin_step(columns, used)
 
@@ -54,4 +69,5 @@ class RowCaches:
         """Keeps the given slots, in that order, and drops the others."""
         self.num_rows = len(rows)
         for layer in self.layers:
-            layer.keep_rows(mx.array(list(rows)))
+            layer.keep_rows(mx.array(list(rows), mx.int32))
+            mx.eval(layer.arrays)

@@ -1,120 +1,250 @@
-"""What to prefill next: policy over counters, without arrays."""
+"""What to prefill next: policy over token ids and counters, without arrays."""
 
-from collections import deque
-from collections.abc import Iterable, Sequence
-from itertools import islice
+import sys
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
+from runner.engine.sequence import num_columns
+from runner.errors import ParameterError
 from runner.types import Request
 
-_MAX_PADDING = 2.0
-"""Prompts are prefilled together while pads at most double the tokens forwarded."""
+_MAX_PADDING = 0.25
+"""Pads per token of prompts that are prefilled together, at most."""
+_FEW_PADS = 32
+"""Pads that are always worth one forward instead of two."""
+_MIN_SHARED = 16
+"""Tokens that prompts begin with alike before that counts, as in the prefix cache."""
+_WINDOW = 4
+"""Batches of requests that wait, to choose from."""
+_PATIENCE = 16
+"""Batches of requests that may be admitted past one that waits."""
+
+Order: TypeAlias = Literal["offline", "fcfs"]
+FreeRows: TypeAlias = Callable[[int], int]
+"""Rows of up to so many columns that could start now."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    request: Request
+    token_ids: tuple[int, ...]
+    num_columns: int
+    """Columns that a row of it may come to fill: its expected work."""
+    num_admitted_before: int
+
+    @property
+    def num_samples(self) -> int:
+        """Rows that it needs; one that is only scored needs none."""
+        return self.request.params.n if self.request.needs_row else 0
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What of a scored prompt comes before the first token whose logprob is wanted."""
+        return self.token_ids[: self.request.num_context] if self.request.is_scored else ()
 
 
 class Scheduler:
-    """The requests that wait, and which of them are prefilled together next."""
+    """The requests that wait, and which of them are prefilled together next.
+
+    `offline` takes those that share a prefix one after another, and of these, as of all others, the
+    longest first, so that stragglers start early and rows of like length stand together. The
+    choice is among `4 * max_batch_size` requests, so that memory stays constant however many come;
+    one that has seen `16 * max_batch_size` others admitted goes next. `fcfs` takes them as they
+    came. What a row gets does not depend on it.
+    """
 
     def __init__(
         self,
         *,
         max_batch_size: int,
-        max_scored_tokens: int = 2048,
+        max_prefill_tokens: int,
         max_scored_positions: int = 2048,
+        order: Order = "offline",
+        max_model_len: int | None = None,
+        shares_prefixes: bool = True,
     ) -> None:
         """Takes the limits.
 
         Args:
             max_batch_size: rows decoded together.
-            max_scored_tokens: tokens, pads included, of prompts that are scored together.
+            max_prefill_tokens: tokens, pads included, of prompts that are prefilled together.
             max_scored_positions: those of them that have a logprob.
+            order: `offline` or `fcfs`.
+            max_model_len: tokens of prompt and completion together; None for no limit.
+            shares_prefixes: whether a prompt is cheaper after one that begins alike.
         """
+        if order not in get_args(Order):
+            raise ParameterError(f"order={order!r} is not allowed: {', '.join(get_args(Order))}")
         self.max_batch_size = max_batch_size
-        self._max_scored_tokens = max_scored_tokens
+        self._max_prefill_tokens = max_prefill_tokens
         self._max_scored_positions = max_scored_positions
-        self._waiting: deque[Request] = deque()
+        self._order = order
+        self._max_model_len = max_model_len
+        self._shares_prefixes = shares_prefixes
+        self._waiting: dict[str, _Waiting] = {}
+        self._last: tuple[int, ...] = ()
+        self._num_admitted = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     @property
     def wants_requests(self) -> bool:
-        """Whether more requests should be added, so that a freed row never waits for one."""
-        return len(self._waiting) < self.max_batch_size
+        """Whether more requests should be added, so that there is a choice for each freed row."""
+        return len(self._waiting) < _WINDOW * self.max_batch_size
+
+    @property
+    def next_num_columns(self) -> int:
+        """Columns of the request that is next; 0 where none waits."""
+        return self._lead(self._waiting.values()).num_columns if self._waiting else 0
 
     @property
     def wants_rows(self) -> bool:
         """Whether any request that waits is to be sampled from."""
-        return any(request.needs_row for request in self._waiting)
+        return any(entry.request.needs_row for entry in self._waiting.values())
 
     def add(self, request: Request) -> None:
-        """Appends a request to the queue."""
-        self._waiting.append(request)
+        """Appends a request to those that wait."""
+        self._waiting[request.request_id] = self._entry(request)
+
+    def put_back(self, requests: Iterable[Request]) -> None:
+        """Lets requests wait again, before all that have not been admitted yet."""
+        entries = {request.request_id: self._entry(request) for request in requests}
+        self._waiting = entries | self._waiting
+
+    def _entry(self, request: Request) -> _Waiting:
+        columns = num_columns(request, self._max_model_len)
+        return _Waiting(request, tuple(request.prompt_token_ids), columns, self._num_admitted)
 
     def remove(self, request_id: str) -> Request | None:
         """Takes a waiting request out; None where it is not waiting."""
-        found = next((r for r in self._waiting if r.request_id == request_id), None)
-        if found is not None:
-            self._waiting.remove(found)
-        return found
+        entry = self._waiting.pop(request_id, None)
+        return None if entry is None else entry.request
 
-    def next_prompts(self, num_free_rows: int) -> list[Request]:
-        """Takes the requests to prefill together now: in order, as many as the free rows hold.
+    def next_prompts(self, free_rows: FreeRows) -> list[Request]:
+        """Takes the requests to prefill together now, as many as the free rows hold.
 
         The first is taken as soon as one row is free, also where its n samples need more: its
-        prompt is kept until all of them have started. One that is only scored needs no row.
+        prompt is kept until all of them have started. Where none is free for it, all others wait
+        but those that are only scored, which need no row.
         """
-        taken: list[Request] = []
-        while self._waiting and self._fits([*taken, self._waiting[0]], num_free_rows):
-            if not _share_well(taken, *islice(self._waiting, 2)):
+        waiting = list(self._waiting.values())
+        if waiting and self._free(self._lead(waiting), free_rows) < 1:
+            waiting = [entry for entry in waiting if not entry.request.needs_row]
+        if not waiting:
+            return []
+        lead = self._lead(waiting)
+        is_alone = self._free(lead, free_rows) <= lead.num_samples
+        taken = [lead] if is_alone else self._with_mates(lead, free_rows)
+        for entry in taken:
+            del self._waiting[entry.request.request_id]
+        self._num_admitted += len(taken)
+        self._last = lead.token_ids
+        return [entry.request for entry in taken]
+
+    @staticmethod
+    def _free(entry: _Waiting, free_rows: FreeRows) -> int:
+        """Rows that could start now where the longest is this one; without end if it needs none."""
+        return free_rows(entry.num_columns) if entry.request.needs_row else sys.maxsize
+
+    def _lead(self, waiting: Collection[_Waiting]) -> _Waiting:
+        oldest = next(iter(waiting))
+        num_passed = self._num_admitted - oldest.num_admitted_before
+        if self._order == "fcfs" or num_passed >= _PATIENCE * self.max_batch_size:
+            return oldest
+        # A request's adapter belongs at the head of this key, once there are adapters.
+        return max(
+            waiting,
+            key=lambda it: (
+                self._nearness(self._last, it),
+                it.request.needs_row,  # Decodes while others are scored.
+                it.num_columns,
+            ),
+        )
+
+    def _nearness(self, token_ids: tuple[int, ...], entry: _Waiting) -> int:
+        """2 where a prompt begins for its greater part like `token_ids`, 1 where a little, or 0."""
+        half = max(_MIN_SHARED, (len(entry.token_ids) + 1) // 2)
+        for nearness, size in ((2, half), (1, _MIN_SHARED)):
+            head = entry.token_ids[:size]
+            if self._shares_prefixes and len(head) == size and head == token_ids[:size]:
+                return nearness
+        return 0
+
+    def _with_mates(self, lead: _Waiting, free_rows: FreeRows) -> list[_Waiting]:
+        """The lead and those to prefill with it.
+
+        The lead goes alone where what the others share with it is worth waiting for: it is then in
+        the prefix cache for them.
+        """
+        others = [entry for entry in self._waiting.values() if entry is not lead]
+        if lead.request.is_scored:
+            return self._fitting(lead, _scored_with(lead, others), free_rows, shared=0)
+        others = [entry for entry in others if not entry.request.is_scored]
+        if self._order == "fcfs":
+            return self._fitting(lead, others, free_rows, shared=0)
+        nearness = [self._nearness(lead.token_ids, entry) for entry in others]
+        nearest = max(nearness, default=0)
+        near = [it for it, level in zip(others, nearness, strict=True) if level == nearest]
+        near.sort(key=lambda it: -it.num_columns)
+        least = 0
+        if nearest:
+            least = min(_num_shared(lead.token_ids, it.token_ids) for it in near)
+        taken = self._fitting(lead, near, free_rows, shared=least)
+        num_saved = (least - _num_shared(lead.token_ids, self._last)) * (len(taken) - 1)
+        return [lead] if num_saved >= len(lead.token_ids) else taken
+
+    def _fitting(
+        self, lead: _Waiting, others: list[_Waiting], free_rows: FreeRows, *, shared: int
+    ) -> list[_Waiting]:
+        """The lead, and of the others those that fit; in order of arrival none overtakes one."""
+        taken = [lead]
+        num_samples, most_columns = lead.num_samples, lead.num_columns
+        for entry in others:
+            samples = num_samples + entry.num_samples
+            columns = max(most_columns, entry.num_columns)
+            is_room = samples == 0 or samples <= free_rows(columns)
+            if is_room and self._fit([*taken, entry], shared):
+                taken.append(entry)
+                num_samples, most_columns = samples, columns
+            elif self._order == "fcfs":
                 break
-            taken.append(self._waiting.popleft())
         return taken
 
-    def _fits(self, requests: list[Request], num_free_rows: int) -> bool:
-        num_samples = sum(request.params.n for request in requests if request.needs_row)
-        if len(requests) == 1:
-            return num_free_rows > 0 or num_samples == 0
-        if num_samples > num_free_rows or not self._are_scored_alike(requests):
-            return False
-        return _padding(requests) <= _MAX_PADDING
-
-    def _are_scored_alike(self, requests: list[Request]) -> bool:
-        """Whether none is scored, or all of them, and they are few enough for that.
-
-        Logits are made for every prompt of a prefill, so one that is not scored has no place there.
-        """
-        scored = [request for request in requests if request.is_scored]
-        if not scored or len(scored) < len(requests):
-            return not scored
-        longest = max(len(request.prompt_token_ids) for request in scored)
-        num_columns = longest - 1 - min(request.num_context for request in scored)
+    def _fit(self, entries: list[_Waiting], shared: int) -> bool:
+        """Whether the prompts are of like length beyond what they share, and few enough."""
+        longest = max(len(entry.token_ids) for entry in entries)
+        forwarded = [len(entry.token_ids) - shared for entry in entries]
+        num_pads = max(forwarded) * len(forwarded) - sum(forwarded)
+        num_scored = 0
+        if entries[0].request.is_scored:
+            num_scored = len(entries) * (longest - 1 - min(len(it.context) for it in entries))
         return (
-            len(scored) * longest <= self._max_scored_tokens
-            and len(scored) * num_columns <= self._max_scored_positions
+            num_pads <= max(_FEW_PADS, _MAX_PADDING * sum(forwarded))
+            and longest * len(entries) <= self._max_prefill_tokens
+            and num_scored <= self._max_scored_positions
         )
 
 
-def _share_well(
-    taken: Sequence[Request], request: Request, following: Request | None = None
-) -> bool:
-    """Whether a request may join a prefill without a context being forwarded twice for it.
+def _scored_with(lead: _Waiting, others: list[_Waiting]) -> list[_Waiting]:
+    """Those that may be scored together with the lead without a context being forwarded twice.
 
-    A prefill has continuations of one context, or of a context each, none of which is shared with
-    the request that comes after.
+    Logits are made for every prompt of a prefill, so all of it is scored: continuations of one
+    context, or texts that have a context each which no other shares.
     """
-    if not request.is_scored or not taken:
-        return True
-    first, last, context = _context(taken[0]), _context(taken[-1]), _context(request)
-    if context == last:
-        return first == last
-    is_shared = following is not None and _context(following) == context != []
-    return not is_shared and (len(taken) == 1 or first != last or not last)
+    scored = [entry for entry in others if entry.request.is_scored]
+    together = [entry for entry in scored if entry.context == lead.context != ()]
+    if together:
+        return sorted(together, key=lambda it: -len(it.token_ids))
+    count = Counter(entry.context for entry in scored)
+    alone = [entry for entry in scored if entry.context == () or count[entry.context] == 1]
+    return sorted(alone, key=lambda it: -len(it.token_ids))
 
 
-def _context(request: Request) -> list[int]:
-    return list(request.prompt_token_ids[: request.num_context])
-
-
-def _padding(requests: Iterable[Request]) -> float:
-    """Tokens forwarded with right padding, per token of the prompts."""
-    lengths = [len(request.prompt_token_ids) for request in requests]
-    return max(lengths) * len(lengths) / sum(lengths)
+def _num_shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Tokens that two prompts begin with alike."""
+    size = min(len(one), len(other))
+    return bisect_left(range(size), True, key=lambda i: one[: i + 1] != other[: i + 1])

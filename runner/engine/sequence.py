@@ -6,13 +6,22 @@ from hashlib import blake2b
 from math import isnan
 
 from runner.engine.stop import StopStringMatcher
-from runner.types import Completion, FinishReason, Logprob, Request, TokenLogprobs
+from runner.types import Completion, ErrorInfo, FinishReason, Logprob, Request, TokenLogprobs
+
+_NAN = "a logprob is not a number: the model's own, or the options left no token"
 
 
 def stream_key(seed: int, key: str, index: int) -> int:
     """The 64-bit key of a sample's random stream: a digest, so that rows never share a stream."""
     digest = blake2b(f"{seed}/{index}/{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+def num_columns(request: Request, max_model_len: int | None) -> int:
+    """Most tokens of prompt and completion together that a sample of `request` can have."""
+    most, length = request.params.max_tokens, len(request.prompt_token_ids)
+    limits = [length + most if most is not None else None, max_model_len]
+    return min(limit for limit in limits if limit is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,7 @@ class Sequence:
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: ErrorInfo | None = None
     stream: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,6 +68,11 @@ class Sequence:
     def position(self) -> int:
         """The column that the next forward of this row writes."""
         return len(self.request.prompt_token_ids) - 1 + self.num_launched
+
+    @property
+    def num_columns(self) -> int:
+        """The most columns that this row comes to fill."""
+        return len(self.request.prompt_token_ids) + self.max_tokens
 
     @property
     def ending_token_ids(self) -> frozenset[int]:
@@ -82,7 +97,7 @@ class Sequence:
         params = self.request.params
         stop = self.stop_matcher.push(draw.token_id) if self.stop_matcher else None
         if isnan(draw.raw_logprob) or isnan(draw.processed_logprob):
-            self.finish_reason = "error"
+            self.fail(ErrorInfo("ModelOutputError", _NAN))
         elif draw.token_id in self.stop_token_ids:
             self.finish_reason = "stop"
             if draw.token_id in params.stop_token_ids:
@@ -91,6 +106,10 @@ class Sequence:
             self.finish_reason, self.stop_reason = "stop", stop
         elif len(self.token_ids) == self.max_tokens:
             self.finish_reason = "length"
+
+    def fail(self, error: ErrorInfo) -> None:
+        """Ends the row with an error."""
+        self.finish_reason, self.error = "error", error
 
     def completion(self) -> Completion:
         """The finished sample."""
@@ -108,4 +127,5 @@ class Sequence:
             prompt_logprobs=prompt_logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            error=self.error,
         )

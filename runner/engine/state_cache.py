@@ -5,6 +5,7 @@ Both caches are an `ArraysCache` to the model: some models ask for that very cla
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
@@ -29,6 +30,11 @@ class StateKind:
     def is_recurrent(self) -> bool:
         """True: a pad that is forwarded enters the state for good."""
         return True
+
+    def nbytes(self, num_columns: int) -> int:
+        """Bytes of one slot, however many tokens it has seen."""
+        pairs = zip(self.shapes, self.dtypes, strict=True)
+        return sum(prod(shape) * dtype.size for shape, dtype in pairs)
 
     def prompt_cache(self, num_prompts: int, max_length: int) -> "PromptStateCache":
         """A cache of prompts of which nothing is prefilled."""

@@ -24,6 +24,8 @@ class EngineStats:
     """Decode forwards."""
     num_row_steps: int = 0
     """Rows forwarded in decode, empty ones included."""
+    num_halvings: int = 0
+    """Times that memory ran out, so that the batch was halved and started over."""
 
     @property
     def occupancy(self) -> float:

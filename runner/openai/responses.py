@@ -27,9 +27,10 @@ def check_outputs(
             what = f"{where}{output.error.message}"
             raise ApiError(what, code=code, param=request.endpoint.prompt_field)
         for sample in output.outputs:
-            if sample.finish_reason == "error":
-                what = "a logprob is not a number: the model's own, or the options left no token"
-                raise ApiError(where + what, code="model_output_error", status=500)
+            if sample.error is not None:
+                is_output = sample.error.type == "ModelOutputError"
+                code = "model_output_error" if is_output else "server_error"
+                raise ApiError(where + sample.error.message, code=code, status=500)
 
 
 def response_body(

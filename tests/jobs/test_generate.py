@@ -57,6 +57,9 @@ def test_the_directory_holds_rows_manifest_summary_and_config(place):
     assert summary["complete"]
     assert summary["completion_tokens"] == summary["run"]["completion_tokens"] == 36
     assert summary["finish_reasons"] == {"length": 6} and summary["errors"] == {}
+    assert summary["run"]["max_batch_size"] == 32 and summary["run"]["batch_halvings"] == 0
+    assert summary["run"]["memory_budget_bytes"] > 2**24
+    assert summary["run"]["max_batch_size_auto"] is None
     assert summary["blas"] and summary["versions"]["mlx"] and summary["reward"] is None
     config = OmegaConf.load(out / "config.yaml")
     assert config.sampling.max_tokens == 6 and config.data.path == "prompts.jsonl"
@@ -293,3 +296,20 @@ def test_an_interrupted_run_commits_and_goes_on_where_it_was(place, number):
     succeed(*[a.replace("dir=out", "dir=straight") for a in command], cwd=place)
     straight = results(place / "straight")
     assert straight["completion_token_ids"].to_list() == whole["completion_token_ids"].to_list()
+
+
+def test_the_batch_size_and_the_memory_can_be_chosen_and_change_nothing(place):
+    column = "data.prompt_column=question"
+    generate(place, column, *SHORT)
+    printed = run_cli(
+        "generate", "model.path=tiny", "data.path=prompts.jsonl", column, "output.dir=auto",
+        "engine.max_batch_size=auto", "engine.memory_budget=400MB", *SHORT,
+        cwd=place, XDG_CACHE_HOME=str(place / "cache"),
+    )  # fmt: skip
+    assert printed.returncode == 0, printed.stderr
+    assert "max_batch_size=auto: " in printed.stderr
+    run = json.loads((place / "auto" / "summary.json").read_text())["run"]
+    assert run["memory_budget_bytes"] == 400 * 10**6
+    assert run["max_batch_size_auto"]["max_batch_size"] == run["max_batch_size"]
+    one, other = (results(place / name) for name in ("out", "auto"))
+    assert one["completion_token_ids"].to_list() == other["completion_token_ids"].to_list()
