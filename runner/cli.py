@@ -23,7 +23,7 @@ from runner.composition import POSITIONAL, choices, positionals, register, unkno
 from runner.config_errors import explain
 from runner.errors import OutputError, ParameterError, StoppedError, UsageError
 from runner.help import job_help, program_help
-from runner.models.blas import load_blas
+from runner.models.blas import load_blas, pin_kernels
 
 
 def main() -> None:
@@ -76,6 +76,8 @@ def _check_place(arguments: Arguments) -> None:
 @hydra.main(config_path="pkg://runner.conf", config_name="config", version_base="1.3")
 def _run_hydra(config: DictConfig) -> None:
     """Runs one job; it leaves by SystemExit on a usage error, which Hydra does not report again."""
+    if config.engine.batch_invariant:
+        pin_kernels()
     load_blas()  # A job may import mlx first, and then it would be too late.
     config.output.dir = HydraConfig.get().runtime.output_dir
     try:

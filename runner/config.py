@@ -53,6 +53,9 @@ class EngineConfig:
     max_kv_size: int | None = None
     """Columns kept of a row in each attention layer, 5 or more: of its first 4 tokens and of the
     latest, all that is attended to. null keeps all. max_model_len still holds. Changes results."""
+    batch_invariant: bool = False
+    """Gives a row the same bits whatever the batch size, its neighbours, the order, the prefill
+    steps and where a run is resumed; tried out at start and refused where it is not so."""
 
 
 @dataclass

@@ -6,8 +6,11 @@ from typing import Any
 from runner.models.digest import model_digest
 from runner.models.hub import resolve_model
 
-_ENGINE_OPTIONS = ("kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size")
-"""What of `engine` decides results; of `output` and `tracker`, nothing does."""
+_ENGINE_OPTIONS = (
+    "kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "batch_invariant"
+)  # fmt: skip
+"""What of `engine` decides results, the last one their last bits; of `output` and `tracker`,
+nothing does."""
 
 _NOT_DECIDING = ("model.path", "model.revision")
 """Where the weights lie decides nothing: `model.weights`, their digest, stands for them."""

@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,16 +15,16 @@ from runner.models.load import LoadedModel, load_model  # First: it loads the BL
 from runner.batch_size import BatchSizeChoice, choose_batch_size
 from runner.device_memory import default_memory_budget, parse_bytes
 from runner.engine.engine import Engine
+from runner.engine.invariance import check_batch_invariance
 from runner.engine.kv_options import KVOptions
-from runner.engine.stop import TextStream
 from runner.errors import ParameterError, PromptError, RowError
 from runner.progress import Progress
 from runner.prompts import encode_bad_words, encode_prompt, prompt_digest
 from runner.scores import ScoreInput, in_order_of_work, scored_texts
+from runner.texts import Texts
 from runner.types import (
     Completion,
     ErrorInfo,
-    Logprob,
     Message,
     Prompt,
     PromptRequest,
@@ -31,7 +32,6 @@ from runner.types import (
     RequestOutput,
     SamplingParams,
     Score,
-    TokenLogprobs,
 )
 
 PromptLike: TypeAlias = str | Mapping[str, Any]
@@ -68,6 +68,7 @@ class LLM:
         kv_group_size: int = 64,
         quantized_kv_start: int = 0,
         max_kv_size: int | None = None,
+        batch_invariant: bool = False,
         seed: int = 0,
     ) -> None:
         """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
@@ -77,8 +78,7 @@ class LLM:
             ParameterError: an option has a value that is not allowed.
         """
         _check_batch_size(max_batch_size)
-        if memory_budget is not None:
-            memory_budget = parse_bytes("memory_budget", memory_budget)
+        budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
         if not isinstance(model, LoadedModel):
             model = load_model(
                 str(model), revision=revision, dtype=dtype, max_model_len=max_model_len
@@ -89,18 +89,13 @@ class LLM:
         self.model = model.model
         self.tokenizer = model.tokenizer
         self.seed = seed
-        if memory_budget is None:
-            memory_budget = default_memory_budget()
-        self.batch_size_choice: BatchSizeChoice | None = None
-        if isinstance(max_batch_size, str):
-            self.batch_size_choice = choose_batch_size(model, memory_budget=memory_budget)
-            max_batch_size = self.batch_size_choice.max_batch_size
-            print(self.batch_size_choice, file=sys.stderr)
-        self.engine = Engine(
+        self._texts = Texts(model.tokenizer)
+        budget = default_memory_budget() if budget is None else budget
+        size = self._settled_batch_size(max_batch_size, budget)
+        make_engine = partial(
+            Engine,
             model.model,
-            max_batch_size=max_batch_size,
-            memory_budget=memory_budget,
-            prefill_step_size=prefill_step_size,
+            memory_budget=budget,
             prefix_cache_bytes=prefix_cache_bytes,
             kv_options=KVOptions(
                 kv_bits=kv_bits,
@@ -110,12 +105,23 @@ class LLM:
             ),
             max_model_len=model.max_model_len,
             eos_token_ids=model.tokenizer.eos_token_ids,
-            decode=self._decode,
+            decode=self._texts.decode,
         )
+        if batch_invariant:
+            check_batch_invariance(make_engine, max_batch_size=size)
+        self.engine = make_engine(max_batch_size=size, prefill_step_size=prefill_step_size)
         self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
-        self._token_texts: dict[int, str] = {}
         self._num_calls = 0
         self._pending: dict[str, _Pending] = {}
+
+    def _settled_batch_size(self, asked: int | str, memory_budget: int) -> int:
+        """The number of rows, measured and said where it was left to us."""
+        self.batch_size_choice: BatchSizeChoice | None = None
+        if not isinstance(asked, str):
+            return asked
+        self.batch_size_choice = choose_batch_size(self.loaded, memory_budget=memory_budget)
+        print(self.batch_size_choice, file=sys.stderr)
+        return self.batch_size_choice.max_batch_size
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, by the name that vLLM gives this."""
@@ -329,65 +335,18 @@ class LLM:
         """Adds a sample to its request; the output once it has them all."""
         pending = self._pending[completion.request_id]
         params, output = pending.request.params, pending.output
-        completion.text = self._text(completion, params)
+        completion.text = self._texts.completion(completion, params)
         if completion.logprobs is not None:
-            completion.logprobs = [self._with_text(step) for step in completion.logprobs]
+            completion.logprobs = [self._texts.with_text(step) for step in completion.logprobs]
         output.outputs.append(completion)
         if len(output.outputs) < params.n:
             return None
         output.outputs.sort(key=lambda sample: sample.index)
         if (scored := completion.prompt_logprobs) is not None:
             output.prompt_token_logprobs = scored
-            output.prompt_logprobs = self._prompt_logprobs(scored, output.prompt_token_ids)
+            prompt_token_ids = output.prompt_token_ids
+            output.prompt_logprobs = self._texts.prompt_logprobs(scored, prompt_token_ids)
         return self._pending.pop(completion.request_id).output
-
-    def _prompt_logprobs(
-        self, scored: TokenLogprobs, prompt_token_ids: list[int]
-    ) -> list[dict[int, Logprob] | None]:
-        """Each prompt token and its alternatives, in vLLM's shape."""
-        steps: list[dict[int, Logprob] | None] = [None] * scored.start
-        for place, token_id in enumerate(prompt_token_ids[scored.start :]):
-            step = {token_id: Logprob(scored.logprobs[place], scored.ranks[place])}
-            top = zip(scored.top_token_ids[place], scored.top_logprobs[place], strict=True)
-            for rank, (other, logprob) in enumerate(top, 1):
-                step.setdefault(other, Logprob(logprob, rank))
-            steps.append(self._with_text(step))
-        return steps
-
-    def _text(self, completion: Completion, params: SamplingParams) -> str:
-        """The text of a sample, without what ended it unless that is asked for."""
-        token_ids, stop = completion.token_ids, completion.stop_reason
-        drop = completion.finish_reason == "stop" and not params.include_stop_str_in_output
-        if drop and not isinstance(stop, str):
-            token_ids = token_ids[:-1]
-        text = self._decode(token_ids, skip_special_tokens=params.skip_special_tokens)
-        # -1 where a tokenizer tidies spaces, and so decodes a whole text unlike its parts.
-        first = self._first_place(stop, completion, params) if isinstance(stop, str) else 0
-        if isinstance(stop, str) and (end := text.find(stop, first)) >= 0:
-            text = text[: end if drop else end + len(stop)]
-        return text
-
-    def _first_place(self, stop: str, completion: Completion, params: SamplingParams) -> int:
-        """Where in the text its stop string can begin: `min_tokens` passes over earlier ones."""
-        stream = TextStream(self._decode, skip_special_tokens=params.skip_special_tokens)
-        passed = "".join(stream.push(i) for i in completion.token_ids[: params.min_tokens])
-        return max(0, len(passed) - len(stop) + 1)
-
-    def _with_text(self, step: dict[int, Logprob]) -> dict[int, Logprob]:
-        return {
-            token_id: replace(logprob, decoded_token=self._token_text(token_id))
-            for token_id, logprob in step.items()
-        }
-
-    def _token_text(self, token_id: int) -> str:
-        if token_id not in self._token_texts:
-            text = self._decode([token_id], skip_special_tokens=False)
-            self._token_texts[token_id] = text
-        return self._token_texts[token_id]
-
-    def _decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        text: str = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        return text
 
     def _abort_pending(self) -> None:
         """Takes what an abandoned run left out of the engine."""

@@ -62,8 +62,7 @@ class Engine:
         Raises:
             ModelError: a layer of the model keeps a kind of past that is not covered, or the model
                 is one of those that are wrong in a padded batch.
-            ParameterError: a size is below 1, an option does not suit the model, or the memory
-                budget holds no row.
+            ParameterError: an option's value is not allowed, or the memory budget holds no row.
         """
         check_at_least(1, max_batch_size=max_batch_size, prefill_step_size=prefill_step_size)
         check_at_least(1, max_model_len=max_model_len, memory_budget=memory_budget)
@@ -86,12 +85,6 @@ class Engine:
             order=order,
             max_model_len=max_model_len,
             shares_prefixes=prefix_cache_bytes > 0 and not self._runner.is_recurrent,
-        )
-        self._params_check = ParamsCheck(
-            vocab_size=self._runner.vocab_size,
-            eos_token_ids=self._eos,
-            has_decode=decode is not None,
-            has_limit=max_model_len is not None,
         )
         self._decode = decode
         self._started_over: dict[str, list[int]] = {}
@@ -149,7 +142,13 @@ class Engine:
         token ids that the vocabulary does not have, options that leave no token to sample, and a
         max_tokens that the memory budget does not hold.
         """
-        self._params_check(params, bad_words_token_ids)
+        check = ParamsCheck(
+            vocab_size=self._runner.vocab_size,
+            eos_token_ids=self._eos,
+            has_decode=self._decode is not None,
+            has_limit=self.max_model_len is not None,
+        )
+        check(params, bad_words_token_ids)
         most = [self.max_model_len, None if params.max_tokens is None else params.max_tokens + 1]
         if shortage := self.memory.shortage(min(limit for limit in most if limit is not None)):
             raise ParameterError(f"max_tokens={params.max_tokens} is not allowed: a row {shortage}")

@@ -61,6 +61,17 @@ def load_blas() -> Blas:
     return _load_scipy_openblas() or _load_system() or _reference()
 
 
+def pin_kernels() -> None:
+    """Makes OpenBLAS use kernels that round a row alike in a matrix of any size; before it loads.
+
+    On x86 those are Sandybridge's: without fused multiply-add, they sum every element in one order
+    at every place of a matrix, where later ones do not at the edges. Takes precedence over
+    `OPENBLAS_CORETYPE`. Other processors and libraries are left as they are.
+    """
+    if platform.machine() in ("x86_64", "AMD64"):
+        os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
+
+
 def _reference() -> Blas:
     return Blas(
         "reference BLAS of mlx",

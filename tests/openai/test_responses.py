@@ -17,7 +17,7 @@ from runner.openai.errors import ApiError
 from runner.openai.logprobs import LEAST_LOGPROB, Spelling, completion_logprobs, text_offsets
 from runner.openai.requests import parse_request
 from runner.openai.responses import check_outputs, response_body
-from runner.types import Completion, Logprob, RequestOutput
+from runner.types import Completion, ErrorInfo, Logprob, RequestOutput
 
 Ask = Callable[..., dict[str, Any]]
 DEFAULTS = SamplingParams(max_tokens=None, seed=0)
@@ -223,11 +223,13 @@ def test_a_prompt_that_does_not_fit_is_the_clients_fault(ask: Ask) -> None:
 
 def test_a_sample_that_is_not_whole_makes_it_the_servers_fault() -> None:
     request = parse_request("/v1/completions", {"prompt": "x"}, DEFAULTS)
-    broken = sample("", [b"a"], finish_reason="error")
-    output = RequestOutput(request_id="r", prompt="x", prompt_token_ids=[1], outputs=[broken])
-    with pytest.raises(ApiError) as refused:
-        check_outputs(request, [output], max_model_len=None)
-    assert refused.value.status == 500 and refused.value.body["error"]["type"] == "server_error"
+    for kind, code in (("ModelOutputError", "model_output_error"), ("MemoryError", "server_error")):
+        broken = sample("", [b"a"], finish_reason="error", error=ErrorInfo(kind, "why"))
+        output = RequestOutput(request_id="r", prompt="x", prompt_token_ids=[1], outputs=[broken])
+        with pytest.raises(ApiError, match="why") as refused:
+            check_outputs(request, [output], max_model_len=None)
+        assert (refused.value.status, refused.value.code) == (500, code)
+        assert refused.value.body["error"]["type"] == "server_error"
 
 
 def test_the_template_goes_on_or_begins_as_the_body_says(ask: Ask) -> None:

