@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,16 +263,49 @@ def test_options_that_differ_are_refused_and_those_of_the_engine_are_not(place: 
     for option, shown in [
         ("sampling.temperature=0.5", "sampling.temperature: 1.0 -> 0.5"),
         ("job.check_model=false", "job.check_model: true -> false"),
+        ("engine.max_kv_size=8", "engine.max_kv_size: null -> 8"),
     ]:
         with pytest.raises(OutputError, match=shown):
             run(place, option)
     assert len(answers(place / "out")) == 1
 
 
+def test_a_model_is_known_by_its_files_wherever_they_lie(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_batch(place, [request("a")])
+    run(place)
+    original = (place / "tiny").resolve()
+    (place / "tiny").unlink()
+    shutil.copytree(original, place / "tiny")
+    run(place)
+    assert "holds all 1 answers" in capsys.readouterr().out
+    weights = place / "tiny" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(OutputError, match="model.weights: "):
+        run(place)
+
+
+def test_requests_that_fail_wholesale_stop_it_and_bad_lines_do_not(place: Path) -> None:
+    write_batch(place, [*["bad"] * 120, request("a")])
+    run(place)
+    assert len(answers(place / "out")) == 121
+    write_batch(place, [request(f"r{i}", model="gpt-4o") for i in range(150)])
+    with pytest.raises(StoppedError, match=r"100 of 100 rows .*=0.01 .*'gpt-4o'") as stopped:
+        run(place, out="stopped")
+    assert "retry" not in str(stopped.value)
+    status = read_status(place / "stopped")
+    assert (status.state, status.rows, status.errors) == ("stopped", 100, 100)
+    run(place, "output.max_error_rate=1", out="stopped")
+    assert len(answers(place / "stopped")) == 150
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [
         ("data.prompt_column=x", "data.prompt_column means nothing to openai_batch"),
+        ("sampling.prompt_logprobs=0", "sampling.prompt_logprobs means nothing to openai_batch"),
+        ("output.max_error_rate=2", "max_error_rate=2"),
         ("output.shard_rows=5", "output.shard_rows means nothing to openai_batch"),
         ("data.path=nowhere.jsonl", "nowhere.jsonl: no such file"),
     ],

@@ -178,6 +178,33 @@ def test_a_disk_that_refuses_stops_the_run_which_goes_on_later(place):
     assert results(place / "out").height == 24
 
 
+@pytest.mark.parametrize("size", [0, 1300])
+@pytest.mark.parametrize("job", ["generate", "openai_batch"])
+def test_a_disk_without_room_for_a_beginning_is_one_line(job, size, place):
+    request = {
+        "custom_id": "a",
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": {"prompt": "x"},
+    }
+    write_jsonl(place / "batch.jsonl", [request])
+    path = "batch.jsonl" if job == "openai_batch" else "prompts.jsonl"
+    command = [job, "model.path=tiny", f"data.path={path}", "output.dir=out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *command],
+        cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and "File too large" in line and "same command" in line
+    if size:
+        there = {path.name for path in (place / "out").iterdir()}
+        assert "config.yaml" not in there and there & {"manifest.jsonl", "batch.json"}
+        succeed(*command, cwd=place)
+
+
 def full_disk(place: Path, size: str) -> bool:
     """Mounts a small file system; False where that is not allowed."""
     (place / "small").mkdir()
@@ -216,7 +243,9 @@ def test_a_job_that_fails_wholesale_stops_and_its_errors_are_done_again(place):
     last = done.stderr.strip().splitlines()[-1]
     assert "rows failed, more than output.max_error_rate=0.01" in last and "300 tokens" in last
     assert 0 < results(place / "out").height < 150
-    assert not json.loads((place / "out" / "summary.json").read_text())["complete"]
+    summary = json.loads((place / "out" / "summary.json").read_text())
+    assert not summary["complete"] and summary["state"] == "stopped"
+    assert summary["rows"] == results(place / "out").height
     generate(place, "output.max_error_rate=1")
     assert results(place / "out").height == 150
     summary = json.loads((place / "out" / "summary.json").read_text())
