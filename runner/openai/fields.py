@@ -81,7 +81,6 @@ _SHARED: Mapping[str, Kind] = {
 _TEXT_ONLY = {"type": "text"}
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,),
-    "echo": (False,),
     "priority": (0,),
     "response_format": (_TEXT_ONLY,),
     "spaces_between_special_tokens": (True,),
@@ -114,7 +113,7 @@ class Endpoint:
 
 COMPLETIONS = Endpoint(
     prompt_field="prompt",
-    fields={**_SHARED, "prompt": _ANY, "logprobs": _INT, "best_of": _INT},
+    fields={**_SHARED, "prompt": _ANY, "logprobs": _INT, "best_of": _INT, "echo": _BOOL},
     neutral={**_NEUTRAL, "suffix": ("",), "add_special_tokens": (True,)},
 )
 CHAT = Endpoint(
@@ -132,6 +131,7 @@ CHAT = Endpoint(
     },
     neutral={
         **_NEUTRAL,
+        "echo": (False,),
         "add_special_tokens": (False,),
         "tools": ([],),
         "tool_choice": ("none", "auto"),

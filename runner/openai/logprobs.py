@@ -6,10 +6,10 @@ truncation, which is what OpenAI's clients and vLLM's default take them for. The
 
 import codecs
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-from runner.types import Completion, Logprob
+from runner.types import Completion, Logprob, RequestOutput
 
 TokenBytes: TypeAlias = Callable[[int], bytes]
 """The bytes that a token id stands for, also where they are half a character."""
@@ -60,10 +60,39 @@ def completion_logprobs(sample: Completion, spelling: Spelling) -> dict[str, Any
     if sample.logprobs is None:
         return None
     return {
-        "text_offset": list(text_offsets(sample, spelling.bytes_of)),
+        "text_offset": list(text_offsets(sample.text, sample.token_ids, spelling.bytes_of)),
         "token_logprobs": [finite(logprob) for logprob in sample.raw_logprobs],
         "tokens": [spelling.in_completion(token_id) for token_id in sample.token_ids],
         "top_logprobs": [_by_token(step, spelling) for step in sample.logprobs],
+    }
+
+
+def echoed_prompt(output: RequestOutput, token_bytes: TokenBytes) -> str:
+    """The prompt as a choice with `echo` begins with it; that of token ids with special tokens."""
+    if output.prompt is not None:
+        return output.prompt
+    return b"".join(map(token_bytes, output.prompt_token_ids)).decode(errors="replace")
+
+
+def echoed_logprobs(
+    output: RequestOutput, sample: Completion, spelling: Spelling
+) -> dict[str, Any] | None:
+    """Like `completion_logprobs`, the prompt's own before them; nothing precedes its first token,
+    which has null."""
+    completed, steps = completion_logprobs(sample, spelling), output.prompt_logprobs
+    if completed is None or steps is None:
+        return None
+    token_ids, prompt = output.prompt_token_ids, echoed_prompt(output, spelling.bytes_of)
+    offsets = [len(prompt) + offset for offset in completed["text_offset"]]
+    pairs = zip(token_ids, steps, strict=True)
+    echoed = {
+        "text_offset": [*text_offsets(prompt, token_ids, spelling.bytes_of)],
+        "token_logprobs": [finite(step[it].logprob) if step else None for it, step in pairs],
+        "tokens": [spelling.in_completion(token_id) for token_id in token_ids],
+        "top_logprobs": [_by_token(step, spelling) if step else None for step in steps],
+    }
+    return {
+        name: echoed[name] + part for name, part in (completed | {"text_offset": offsets}).items()
     }
 
 
@@ -103,21 +132,21 @@ def _likeliest_first(step: dict[int, Logprob]) -> list[tuple[int, Logprob]]:
     return sorted(step.items(), key=lambda item: -item[1].logprob)
 
 
-def text_offsets(sample: Completion, token_bytes: TokenBytes) -> Iterator[int]:
-    """Where in the text each token begins, in characters; never beyond the text's end.
+def text_offsets(text: str, token_ids: Sequence[int], token_bytes: TokenBytes) -> Iterator[int]:
+    """Where in a text each of its tokens begins, in characters; never beyond the text's end.
 
     A token that the text leaves out, a special one or what came after a stop string, has the
     offset of what follows it.
     """
     place, pending, started = 0, codecs.getincrementaldecoder("utf-8")("replace"), 0
-    for token_id in sample.token_ids:
+    for token_id in token_ids:
         is_first = pending.getstate()[0] == b""
         started = place if is_first else started
         yield started
         said = pending.decode(token_bytes(token_id))
-        found = sample.text[place : place + len(said)]
+        found = text[place : place + len(said)]
         # Some tokenizers drop the space that a text begins with.
-        if place == 0 and found != said and sample.text.startswith(said.lstrip(" ")):
+        if place == 0 and found != said and text.startswith(said.lstrip(" ")):
             said = found = said.lstrip(" ")
         if said.startswith(found):
             place += len(found)

@@ -46,6 +46,8 @@ class ApiRequest:
     params: SamplingParams
     has_seed: bool
     """Whether the body names a seed; otherwise `params` has the seed of the defaults."""
+    echo: bool = False
+    """Whether the prompt stands before each completion, with its logprobs where they are shown."""
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 
@@ -99,6 +101,7 @@ def parse_request(url: str, body: Mapping[str, Any], defaults: SamplingParams) -
         prompts=prompts,
         params=params,
         has_seed="seed" in fields,
+        echo=fields.get("echo", False),
         return_token_ids=fields.get("return_token_ids", False),
         return_tokens_as_token_ids=fields.get("return_tokens_as_token_ids", False),
     )
@@ -120,7 +123,15 @@ def _completion_params(fields: Mapping[str, Any], defaults: SamplingParams) -> S
         # A default of min_tokens may go beyond OpenAI's 16, and is none of the client's doing.
         least = max(_COMPLETION_MAX_TOKENS, fields.get("min_tokens", defaults.min_tokens))
         fields = {"max_tokens": least} | dict(fields)
-    params = _params(fields, defaults, logprobs=fields.get("logprobs"), names={})
+    logprobs, echo = fields.get("logprobs"), fields.get("echo", False)
+    if fields.get("max_tokens") == 0 and not echo:
+        what = "'max_tokens' can be 0 only with 'echo'."
+        raise ApiError(what, code="invalid_value", param="max_tokens")
+    of_prompt = None
+    if echo and (logprobs is not None or fields.get("max_tokens") == 0):
+        of_prompt = logprobs or 0  # To sample nothing is to score the prompt.
+    shown = {"logprobs": logprobs, "prompt_logprobs": of_prompt}
+    params = _params(fields, defaults, shown=shown, names={})
     if fields.get("best_of", params.n) != params.n:
         what = "Unsupported parameter: 'best_of' can only be 'n' here."
         raise ApiError(what, code="unsupported_parameter", param="best_of")
@@ -139,19 +150,19 @@ def _chat_params(fields: Mapping[str, Any], defaults: SamplingParams) -> Samplin
         what = "'top_logprobs' needs 'logprobs' to be true."
         raise ApiError(what, code="invalid_value", param="top_logprobs")
     logprobs = fields.get("top_logprobs", 0) if fields.get("logprobs", False) else None
-    return _params(fields, defaults, logprobs=logprobs, names=names)
+    return _params(fields, defaults, shown={"logprobs": logprobs}, names=names)
 
 
 def _params(
     fields: Mapping[str, Any],
     defaults: SamplingParams,
     *,
-    logprobs: int | None,
+    shown: Mapping[str, Any],
     names: Mapping[str, str],
 ) -> SamplingParams:
     given = {name: value for name, value in fields.items() if name in SAMPLING}
     try:
-        return replace(defaults, **given, logprobs=logprobs)
+        return replace(defaults, **given, **shown)
     except ParameterError as error:
         raise parameter_error(error, names) from error
 

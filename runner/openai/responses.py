@@ -1,10 +1,18 @@
 """Outputs -> the response bodies that OpenAI's clients parse."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from runner.openai.errors import ApiError
-from runner.openai.logprobs import Spelling, TokenBytes, chat_logprobs, completion_logprobs
+from runner.openai.logprobs import (
+    Spelling,
+    TokenBytes,
+    chat_logprobs,
+    completion_logprobs,
+    echoed_logprobs,
+    echoed_prompt,
+)
 from runner.openai.requests import ApiRequest
 from runner.types import Completion, RequestOutput
 
@@ -26,6 +34,10 @@ def check_outputs(
             code = _TOO_LONG if is_long else "invalid_value"
             what = f"{where}{output.error.message}"
             raise ApiError(what, code=code, param=request.endpoint.prompt_field)
+        scored = output.prompt_token_logprobs
+        if scored is not None and any(map(math.isnan, scored.logprobs)):
+            what = f"{where}a logprob of the prompt's is not a number"
+            raise ApiError(what, code="model_output_error", status=500)
         for sample in output.outputs:
             if sample.error is not None:
                 is_output = sample.error.type == "ModelOutputError"
@@ -86,8 +98,11 @@ def _completion_choices(
     index = 0
     for output in outputs:
         for sample in output.outputs:
-            logprobs = completion_logprobs(sample, spelling)
-            shown = {"index": index, "text": sample.text, "logprobs": logprobs}
+            logprobs, text = completion_logprobs(sample, spelling), sample.text
+            if request.echo:
+                logprobs = echoed_logprobs(output, sample, spelling)
+                text = echoed_prompt(output, spelling.bytes_of) + text
+            shown = {"index": index, "text": text, "logprobs": logprobs}
             ids = {"prompt_token_ids": output.prompt_token_ids} if request.return_token_ids else {}
             yield shown | _ending(request, sample) | ids
             index += 1

@@ -74,7 +74,27 @@ def test_a_sampling_field_means_what_it_means_in_sampling_params(field: str, val
 
 
 def test_every_sampling_parameter_is_a_field() -> None:
-    assert SAMPLING.keys() == {it.name for it in fields(SamplingParams)} - {"logprobs"}
+    assert SAMPLING.keys() == {it.name for it in fields(SamplingParams)} - {
+        "logprobs",
+        "prompt_logprobs",
+    }
+
+
+def test_echo_asks_for_the_logprobs_of_the_prompt_where_any_are_shown() -> None:
+    for body, shown in [
+        ({"echo": True}, (16, None, None)),
+        ({"echo": True, "logprobs": 2}, (16, 2, 2)),
+        ({"echo": True, "logprobs": 0, "max_tokens": 0}, (0, 0, 0)),
+        ({"echo": True, "max_tokens": 0}, (0, None, 0)),
+        ({"echo": False, "logprobs": 2}, (16, 2, None)),
+    ]:
+        parsed = text(**body)
+        params = parsed.params
+        assert (params.max_tokens, params.logprobs, params.prompt_logprobs) == shown
+        assert parsed.echo is body["echo"]
+    error = refusal(TEXT, prompt="x", max_tokens=0)
+    assert error.param == "max_tokens" and "only with 'echo'" in error.message
+    assert refusal(CHATTING, messages=HELLO, echo=True).code == "unsupported_parameter"
 
 
 def test_the_names_that_chat_has_of_its_own() -> None:
@@ -135,7 +155,7 @@ def test_what_goes_into_the_chat_template() -> None:
     [
         ({"tempratur": 1}, "unknown_parameter", "tempratur"),
         ({"messages": HELLO}, "unknown_parameter", "messages"),
-        ({"echo": True}, "unsupported_parameter", "echo"),
+        ({"echo": 1}, "invalid_type", "echo"),
         ({"stream": True}, "unsupported_parameter", "stream"),
         ({"suffix": "x"}, "unsupported_parameter", "suffix"),
         ({"best_of": 3}, "unsupported_parameter", "best_of"),

@@ -153,6 +153,41 @@ def test_the_token_that_ended_a_row_is_in_the_arrays(ask: Ask) -> None:
         assert choice["logprobs"]["text_offset"][-1] == len(choice["text"])
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 9])
+@pytest.mark.parametrize("prompt", ["abc d", [5, 60, 7, 40]], ids=["text", "ids"])
+def test_echo_puts_the_prompt_and_its_logprobs_before_the_completion(
+    ask: Ask, llm: LLM, prompt: Any, max_tokens: int
+) -> None:
+    options = {"max_tokens": max_tokens, "seed": 3, "temperature": 0.5}
+    ids = {"return_token_ids": True}
+    (choice,) = text(ask, prompt, echo=True, logprobs=1, **options, **ids)["choices"]
+    assert CompletionBody.model_validate(text(ask, prompt, echo=True, **options), strict=True)
+    logprobs, given = choice["logprobs"], choice["prompt_token_ids"]
+    assert {len(part) for part in logprobs.values()} == {len(given) + len(choice["token_ids"])}
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    score = llm.score([prompt], use_tqdm=False)[0]
+    assert logprobs["token_logprobs"][1 : len(given)] == pytest.approx(score.logprobs[1:], abs=1e-4)
+    parts = (logprobs[it][1:] for it in ("tokens", "token_logprobs", "top_logprobs"))
+    for token, logprob, top in zip(*parts, strict=True):
+        assert top[token] == logprob and 1 <= len(top) <= 2
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    first = choice["text"][: (*logprobs["text_offset"], len(choice["text"]))[len(given)]]
+    assert first == (prompt if isinstance(prompt, str) else "".join(logprobs["tokens"][:4]))
+    if max_tokens:
+        (plain,) = text(ask, prompt, logprobs=1, **options, **ids)["choices"]
+        assert choice["text"] == first + plain["text"]
+        assert choice["token_ids"] == plain["token_ids"]
+        assert logprobs["tokens"][len(given) :] == plain["logprobs"]["tokens"]
+    else:
+        assert choice["text"] == first and choice["finish_reason"] == "length"
+
+
+def test_each_echo_is_of_its_own_prompt(ask: Ask) -> None:
+    body = text(ask, ["ab", "cde"], echo=True, n=2, max_tokens=3, logprobs=0, ignore_eos=True)
+    assert [choice["text"][:2] for choice in body["choices"]] == ["ab", "ab", "cd", "cd"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in body["choices"]] == [5, 5, 6, 6]
+
+
 def test_tokens_as_ids(ask: Ask) -> None:
     options = {"return_tokens_as_token_ids": True, "return_token_ids": True}
     (choice,) = text(ask, logprobs=1, **options)["choices"]
@@ -189,7 +224,7 @@ def sample(said: str, tokens: list[bytes], **changes: Any) -> Completion:
     ids=["words", "halves", "parts", "special", "cut", "cut inside", "lost space", "nothing"],
 )  # fmt: skip
 def test_offsets_are_places_in_the_text(said: str, tokens: list[bytes], offsets: list[int]) -> None:
-    assert list(text_offsets(sample(said, tokens), tokens.__getitem__)) == offsets
+    assert list(text_offsets(said, range(len(tokens)), tokens.__getitem__)) == offsets
 
 
 def test_offsets_of_any_answer_rise_and_stay_inside_the_text(ask: Ask) -> None:
