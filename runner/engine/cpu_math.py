@@ -62,6 +62,19 @@ def softmax_in_place(scores: Floats, sinks: Floats | None = None) -> None:
     scores /= total
 
 
+def log_sum_exp(logits: Floats, weights: Floats) -> Floats:
+    """The log-sum-exp, (R, 1), of logits (R, V); leaves exp(logits - the largest) in `weights`.
+
+    Sampling and scoring both take it from here, so that they agree to the bit.
+    """
+    top = logits.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # A NaN of the model's own passes through.
+        np.subtract(logits, top, out=weights)
+    np.exp(weights, out=weights)
+    normalizer: Floats = top + np.log(weights.sum(axis=-1, keepdims=True))
+    return normalizer
+
+
 def sum_in_order(values: Floats) -> Floats:
     """Sums over the last axis, kept, in an order that zeros added behind do not change.
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from runner.engine.cpu_math import on_cpu, view
+from runner.engine.cpu_math import log_sum_exp, on_cpu, view
 from runner.types import SamplingParams
 
 Array: TypeAlias = Any
@@ -175,17 +175,13 @@ class Sampler:
         On the host the weights are good until the next call: they are written where the last ones
         were, because fresh memory of that size costs more than the exponentials.
         """
-        xp = self._xp
-        top = logits.max(axis=-1, keepdims=True)
-        if not self._on_host:
-            weights = mx.exp(logits - top)
-        else:
+        if self._on_host:
             if self._scratch.shape != logits.shape:
                 self._scratch = np.empty_like(logits)
-            with np.errstate(invalid="ignore"):  # A NaN of the model's own passes through.
-                weights = np.subtract(logits, top, out=self._scratch)
-            np.exp(weights, out=weights)
-        return weights, top + xp.log(weights.sum(axis=-1, keepdims=True))
+            return self._scratch, log_sum_exp(logits, self._scratch)
+        top = mx.max(logits, axis=-1, keepdims=True)
+        weights = mx.exp(logits - top)
+        return weights, top + mx.log(mx.sum(weights, axis=-1, keepdims=True))
 
 
 def _log(value: float) -> float:

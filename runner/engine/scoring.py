@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from runner.engine.cpu_math import log_sum_exp, on_cpu, view
 from runner.types import Request, TokenLogprobs
 
 MAX_LOGITS_BYTES = 2**26
@@ -24,6 +25,8 @@ def max_scored_positions(vocab_size: int) -> int:
 
 
 _BLOCK = 256
+_ROWS = 8
+"""Rows of logits that NumPy takes at a time."""
 
 _NOTHING: list[Any] = [np.zeros((0, 0), np.float32)] * 5
 
@@ -73,8 +76,10 @@ def score_tokens(
 def _normalized(logits: mx.array, *, entropy: bool) -> tuple[mx.array, mx.array]:
     """The log-sum-exp, (B, N, 1), and the entropy, (B, N) or, where not asked for, (B, 0).
 
-    The one place where a whole vocabulary is exponentiated.
+    The one place where a vocabulary is exponentiated to score.
     """
+    if on_cpu() and not entropy:
+        return _on_host(logits), mx.zeros((logits.shape[0], 0))
     blocks = _in_blocks(logits)
     partial = mx.logsumexp(blocks, axis=-1)
     normalizer = mx.logsumexp(partial, axis=-1, keepdims=True)
@@ -85,6 +90,17 @@ def _normalized(logits: mx.array, *, entropy: bool) -> tuple[mx.array, mx.array]
     # A token that is impossible adds nothing, where 0 x -inf would be no number.
     products = mx.where(weights > 0, weights * logprobs, 0)
     return normalizer, -mx.sum(mx.sum(products, axis=-1), axis=-1)
+
+
+def _on_host(logits: mx.array) -> mx.array:
+    """The log-sum-exp, (B, N, 1), by NumPy, a few rows at a time that stay in its caches."""
+    rows = view(logits).reshape(-1, logits.shape[-1])
+    scratch = np.empty_like(rows[:_ROWS])
+    parts = [
+        log_sum_exp(part, scratch[: len(part)])
+        for part in (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
+    ]
+    return mx.array(np.concatenate(parts)).reshape(*logits.shape[:-1], 1)
 
 
 def _in_blocks(logits: mx.array) -> mx.array:
