@@ -4,15 +4,13 @@ import argparse
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NoReturn
 
 from runner.errors import UsageError
 
 _TEXTS = ("data.prompt_template", "data.system_prompt", "reward.pattern")
 """Options whose value is free text, with braces, commas and quotes."""
-
-_DIRECTORY_JOBS = ("merge",)
-"""Jobs about a directory of results, which a second bare word names."""
 
 
 @dataclass
@@ -27,6 +25,8 @@ class Arguments:
     """What Hydra is to override, the job included."""
     flags: list[str]
     """Flags that go to Hydra as they are."""
+    place: str | None = None
+    """What a job works on that takes it as a bare word; None for a job that takes none."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,45 +48,58 @@ def _parser() -> _Parser:
     return parser
 
 
-def parse_arguments(argv: list[str], groups: Mapping[str, Collection[str]]) -> Arguments:
-    """Reads a command line, flags and words in any order; `groups` has the choices of each group.
+def parse_arguments(
+    argv: list[str],
+    groups: Mapping[str, Collection[str]],
+    positional: Mapping[str, str] = MappingProxyType({}),
+) -> Arguments:
+    """Reads a command line, flags and words in any order.
 
-    Raises UsageError on an unknown flag.
+    `groups` has the choices of each group, `positional` the option of each job that is given as a
+    bare word after the job. Raises UsageError on an unknown flag.
     """
     parsed = _parser().parse_intermixed_args(argv)
     bare = [word for word in parsed.words if "=" not in word and word[:1] != "~"]
-    job = bare[0] if bare else None
+    job = next(iter(bare), None)
     words = [f"job={job}" if word is job else word for word in parsed.words]
-    if job in _DIRECTORY_JOBS and len(bare) > 1:
-        words[words.index(bare[1])] = f"output.dir={_as_text(bare[1])}"
+    place = None
+    if option := positional.get(job or ""):
+        words = [f"{option}={word}" if word in bare[1:2] else word for word in words]
+        place = _value(option, words)
     if parsed.multirun:
         words.append("hydra.mode=MULTIRUN")
+    texts = {*_TEXTS, option} if option else set(_TEXTS)
+    quoted = [_quoted(word, groups, texts) for word in words]
     return Arguments(
         help=parsed.help,
         version=parsed.version,
         job=job,
-        overrides=_with_custom_choices([_quoted(word, groups) for word in words], groups["reward"]),
+        overrides=_with_custom_choices(quoted, groups["reward"]),
         flags=_hydra_flags(parsed),
+        place=place,
     )
 
 
-def _quoted(word: str, groups: Collection[str]) -> str:
+def _value(option: str, words: list[str]) -> str:
+    """The value that an option has in the end, empty where it has none."""
+    given = [word.partition("=")[2] for word in words if word.startswith(f"{option}=")]
+    return given[-1] if given else ""
+
+
+def _quoted(word: str, groups: Collection[str], texts: Collection[str]) -> str:
     """Makes a string of what Hydra would read as something else.
 
     `reward=null` and `sampling=5` name choices; `data.prompt_template={{ question }}, please` is a
-    text, unless it comes in quotes of its own, as the texts of a sweep do.
+    text, unless it comes in quotes of its own, as the texts of a sweep do. `texts` are the options
+    of the latter kind.
     """
     key, _, value = word.partition("=")
-    if key in _TEXTS and value[:1] not in ("'", '"') and value != "null":
-        return f"{key}={_as_text(value)}"
+    if key in texts and value[:1] not in ("'", '"') and value != "null":
+        # In Hydra's quotes a backslash is itself, but before a quote.
+        escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
+        return f"{key}='{escaped}'"
     is_name = key not in groups or not re.fullmatch(r"(?i)null|true|false|[\d.+-]+", value)
     return word if is_name else f"{key}='{value}'"
-
-
-def _as_text(value: str) -> str:
-    """In Hydra's quotes, where a backslash is itself, but before a quote."""
-    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
-    return f"'{escaped}'"
 
 
 def _with_custom_choices(words: list[str], rewards: Collection[str]) -> list[str]:

@@ -14,14 +14,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import __version__
-from runner.arguments import parse_arguments
-from runner.composition import choices, register, unknown_keys
+from runner.arguments import Arguments, parse_arguments
+from runner.composition import POSITIONAL, choices, positionals, register, unknown_keys
 from runner.config_errors import explain
-from runner.errors import ParameterError, StoppedError, UsageError
+from runner.errors import OutputError, ParameterError, StoppedError, UsageError
 from runner.help import job_help, program_help
 from runner.models.blas import load_blas, pin_kernels
 
@@ -49,7 +49,8 @@ def _warn_in_one_line(message: Warning | str, *where: object, **also: object) ->
 
 
 def _dispatch(argv: list[str]) -> None:
-    arguments = parse_arguments(argv, choices())
+    groups = choices()
+    arguments = parse_arguments(argv, groups, positionals(groups["job"]))
     register()
     if arguments.version:
         print(f"runner {__version__}")
@@ -58,9 +59,18 @@ def _dispatch(argv: list[str]) -> None:
     elif arguments.help:
         print(program_help())
     else:
+        _check_place(arguments)
         # Hydra reads the process's arguments; flags come after the words or it refuses the rest.
         sys.argv[1:] = arguments.overrides + arguments.flags
         _run_hydra()
+
+
+def _check_place(arguments: Arguments) -> None:
+    """Refuses a directory that is not there before Hydra makes it."""
+    if arguments.place == "" and not arguments.flags:
+        raise UsageError(f"{arguments.job} needs a directory: runner {arguments.job} DIR")
+    if arguments.place and not Path(arguments.place).is_dir():
+        raise OutputError(f"{arguments.place}: no such directory")
 
 
 @hydra.main(config_path="pkg://runner.conf", config_name="config", version_base="1.3")
@@ -88,6 +98,8 @@ def _load_job(config: DictConfig) -> Callable[[DictConfig], Any]:
         raise ParameterError(f"no option {unknown[0]}; see runner JOB --help")
     if missing:
         raise ParameterError(f"{missing[0]} has no value: give {missing[0]}=...")
+    with open_dict(config.job):
+        config.job.pop(POSITIONAL, None)
     job: partial[None] = instantiate(config.job, _partial_=True)
     try:
         signature(job.func).bind(*job.args, config, **job.keywords)

@@ -1,6 +1,8 @@
 """Where configurations come from: this package's `conf`, `./conf` of the working directory, and the
 typed schemas."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from runner.config import Config, DataConfig, OutputConfig
 
 SCHEMA = "_schema_"
+POSITIONAL = "_positional_"
+"""The key of a job's configuration that names the option which a bare word after the job gives, as
+in `runner status DIR`."""
 
 
 class WorkingDirectory(SearchPathPlugin):
@@ -70,3 +75,12 @@ def choices() -> dict[str, dict[str, Path]]:
         for path in sorted(directory.glob("*/*.yaml")):
             found.setdefault(path.parent.name, {})[path.stem] = path
     return {group: dict(sorted(found[group].items())) for group in sorted(found)}
+
+
+def positionals(jobs: Mapping[str, Path]) -> dict[str, str]:
+    """The option that a bare word after the job gives, for the jobs that say so in their file."""
+    found = {
+        job: re.search(rf"^ *{POSITIONAL}: *(\S+)$", path.read_text(), re.MULTILINE)
+        for job, path in jobs.items()
+    }
+    return {job: match[1] for job, match in found.items() if match}

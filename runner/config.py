@@ -179,3 +179,4 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     output: Any = MISSING
     reward: Any = None
+    tracker: Any = None

@@ -3,8 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
-from dataclasses import asdict
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,20 @@ from runner.data.durable import replace_file, stopping
 from runner.data.merge import Merged, merge
 from runner.data.schemas import passthrough_names, result_schema
 from runner.errors import ParameterError, StoppedError
+from runner.identity import identity
 from runner.interrupt import Interrupt
 from runner.llm import LLM
-from runner.models.digest import model_digest
-from runner.models.hub import resolve_model
-from runner.progress import Progress
 from runner.report import print_report, summary
+from runner.result_rows import result_rows
 from runner.rows import NamedRow, Row, RowNamer, are_done, check_ids, prompt_builder
-from runner.types import Completion, ErrorInfo, PromptRequest, RequestOutput, SamplingParams
+from runner.run_log import public_options
+from runner.types import ErrorInfo, PromptRequest, RequestOutput, SamplingParams
+from runner.watch import State, Watch
 
 CONFIG_FILE = "config.yaml"
 SUMMARY_FILE = "summary.json"
 _DECIDING_GROUPS = ("job", "model", "data", "sampling", "reward")
-"""The groups whose options decide results; those of `output` do not."""
-
-_DECIDING_ENGINE_OPTIONS = (
-    "kv_bits", "kv_group_size", "quantized_kv_start", "max_kv_size", "batch_invariant"
-)  # fmt: skip
-"""What of `engine` decides results as well; the last one, their last bits."""
-
-_NOT_DECIDING = ("model.path", "model.revision")
-"""Where the weights lie decides nothing: `model.weights`, their digest, stands for them."""
+"""The groups whose options decide results."""
 
 
 class RunContext:
@@ -53,13 +45,14 @@ class RunContext:
         self.dataset: Dataset = instantiate(config.data)
         prompt_builder(self.dataset)  # Refuses options that no row could have a prompt with.
         self.writer: ResultWriter = instantiate(config.output)(
-            schema=result_schema(self.dataset.schema), identity=_identity(config)
+            schema=result_schema(self.dataset.schema),
+            identity=identity(_plain(config), _DECIDING_GROUPS),
         )
+        self._tracker = instantiate(config.tracker)
         self._names = passthrough_names(self.dataset.columns)
         self._in_flight: dict[str, Row] = {}
         self._interrupt = Interrupt()
         self._finished = False
-        self._summarized_rows = 0
         self._fingerprint = self.dataset.fingerprint
 
     @property
@@ -87,39 +80,39 @@ class RunContext:
             options = _plain(self.config.model) | _plain(self.config.engine)
             self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
             self.llm.check(self.params)
-            self._behind = WriteBehind(self.writer)
+            self._behind = WriteBehind(self.writer, committed=self._save_summary)
             self._behind.start()
             self._save(CONFIG_FILE, OmegaConf.to_yaml(self.config, resolve=True))
+            self._watch = self._watched()
         except BaseException:
             self.writer.close(complete=False)
             raise
-        self._progress = Progress(self.dataset.num_rows, initial=len(self.writer.done_rows))
         self._started = time.monotonic()
         self._interrupt.__enter__()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self._progress.close()
         # A second interrupt leaves at once: what is committed is whole, the rest is made again.
         if kind is KeyboardInterrupt:
+            self._watch.close("interrupted")
             return
         is_done = self._finished and error is None
+        state = self._state(is_done=False)
         try:
             self._behind.close(complete=is_done, input=self._fingerprint if is_done else None)
+            state = self._state(is_done=is_done)
         finally:
             self._interrupt.__exit__(kind, error, traceback)
+            numbers = self._end(state)
         if error is None:
-            self._report()
-        elif isinstance(error, StoppedError):
-            with suppress(StoppedError):
-                self._save_summary()
+            self._report(numbers)
 
     def outputs(self) -> Iterator[tuple[Row, RequestOutput]]:
         """Runs every row that has no result yet; yields each with its input as it finishes."""
         with closing(read_ahead(self._rows())) as rows:
             requests = self._requests(rows)
             for output in self.llm.run(requests, interrupted=self._interrupt.is_requested):
-                self._progress.update(output)
+                self._watch.output(output)
                 yield self._in_flight.pop(output.request_id), output
         self._finished = not self._interrupt.is_requested()
 
@@ -130,29 +123,12 @@ class RunContext:
         scores: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         """Writes the result rows of one input row; `scores` adds columns by sample index."""
-        scored = output.prompt_token_logprobs
         shared = {self._names[name]: value for name, value in row.items()} | {
-            "row_id": output.request_id,
-            "group_id": output.request_id,
-            "prompt": output.prompt,
-            "prompt_token_ids": output.prompt_token_ids,
-            "prompt_logprobs": scored.with_nulls() if scored is not None else None,
             "temperature": self.params.temperature,
             "seed": self.params.seed,
             "model": self.llm.loaded.name,
         }
-        if output.error is not None:
-            failed = {"sample_index": 0, "finish_reason": "error", "error": asdict(output.error)}
-            self._behind.write([shared | failed])
-        else:
-            self._behind.write(
-                [
-                    shared | sample_columns(sample) | dict((scores or {}).get(sample.index, {}))
-                    for sample in output.outputs
-                ]
-            )
-        if self.writer.num_rows != self._summarized_rows:
-            self._save_summary()
+        self._behind.write(result_rows(shared, output, scores))
 
     def _rows(self) -> RowNamer:
         return RowNamer(self.dataset, self.params, are_unique=self.dataset.is_local)
@@ -176,15 +152,45 @@ class RunContext:
         with stopping(self.directory):
             replace_file(self.directory / name, lambda file: _write(file, text))
 
-    def _save_summary(self) -> dict[str, Any]:
-        self._summarized_rows = self.writer.num_rows
+    def _save_summary(self, state: State = "running") -> dict[str, Any]:
+        """Tells of a commit, in the thread that made it."""
         seconds = time.monotonic() - self._started
         numbers = summary(self.writer, self.llm, total=self.dataset.num_rows, seconds=seconds)
+        numbers |= {"state": state}
         self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
+        reward = numbers["reward"]
+        self._watch.committed(numbers["rows"], {"reward": reward["mean"]} if reward else None)
         return numbers
 
-    def _report(self) -> None:
-        print_report(self._save_summary(), self.directory)
+    def _end(self, state: State) -> dict[str, Any]:
+        """Tells how the run ended; where something stopped it, that is told already."""
+        try:
+            return self._save_summary(state)
+        except StoppedError:
+            if state != "stopped":
+                raise
+            return {}
+        finally:
+            self._watch.close(state)
+
+    def _watched(self) -> Watch:
+        loaded = self.llm.loaded
+        return Watch(
+            self.directory,
+            public_options(_plain(self.config)),
+            total=self.dataset.num_rows,
+            done=len(self.writer.done_rows),
+            tracker=self._tracker,
+            model={"name": loaded.name, "dtype": loaded.dtype, "blas": loaded.blas.name},
+        )
+
+    def _state(self, *, is_done: bool) -> State:
+        if is_done:
+            return "finished"
+        return "interrupted" if self._interrupt.is_requested() else "stopped"
+
+    def _report(self, numbers: dict[str, Any]) -> None:
+        print_report(numbers, self.directory)
         if self._finished and self.writer.merge:
             self._merge()
         self._interrupt.exit_if_requested()
@@ -205,22 +211,6 @@ def _write(file: Any, text: str) -> None:
     file.write(text.encode())
 
 
-def sample_columns(sample: Completion) -> dict[str, Any]:
-    """The columns of one finished sample."""
-    columns: dict[str, Any] = {
-        "sample_index": sample.index,
-        "completion_token_ids": sample.token_ids,
-        "text": sample.text,
-        "logprobs": sample.processed_logprobs,
-        "raw_logprobs": sample.raw_logprobs,
-        "finish_reason": sample.finish_reason,
-        "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),
-    }
-    if sample.error is not None:
-        columns["error"] = asdict(sample.error)
-    return columns
-
-
 def _plain(node: DictConfig) -> dict[str, Any]:
     content = OmegaConf.to_container(node, resolve=True)
     assert isinstance(content, dict), "a group of options is a mapping"
@@ -233,15 +223,3 @@ def _sampling_params(config: DictConfig) -> SamplingParams:
         what = "a job writes no alternatives: 0 for the prompt's own tokens, or null"
         raise ParameterError(f"prompt_logprobs={params.prompt_logprobs} is not allowed: {what}")
     return params
-
-
-def _identity(config: DictConfig) -> dict[str, Any]:
-    """The options that decide results, flat: `sampling.temperature` and so on."""
-    groups = {name: _plain(config[name]) for name in _DECIDING_GROUPS if config[name] is not None}
-    groups["engine"] = {name: config.engine[name] for name in _DECIDING_ENGINE_OPTIONS}
-    options = {
-        f"{name}.{key}": value for name, group in groups.items() for key, value in group.items()
-    }
-    found = resolve_model(config.model.path, revision=config.model.revision)
-    weights = {"model.weights": model_digest(found)}
-    return {key: options[key] for key in options if key not in _NOT_DECIDING} | weights

@@ -198,7 +198,7 @@ class LLM:
                 if score.error is not None:
                     raise PromptError(f"input {score.index}: {score.error.message}")
                 done.append(score)
-                progress.count(score.num_tokens)
+                progress.advance(score.num_tokens)
         return sorted(done, key=lambda score: (score.index, score.choice))
 
     def score_as_completed(

@@ -287,6 +287,13 @@ class RequestOutput:
     """Set where the request could not be run; `outputs` is then empty."""
     finished: bool = True
 
+    @property
+    def num_useful_tokens(self) -> int:
+        """Tokens that were sampled, or else those of the prompt that were scored."""
+        sampled = sum(len(sample.token_ids) for sample in self.outputs)
+        scored = self.prompt_token_logprobs
+        return sampled or (len(scored.logprobs) if scored is not None else 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:

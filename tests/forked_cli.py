@@ -82,9 +82,13 @@ def _answer(line: str) -> list[object]:
 
 
 def import_everything() -> None:
-    """What a job imports on its way, mlx too, of which nothing is used before the fork."""
-    from runner.models.blas import load_blas
+    """What a job imports on its way, mlx too, of which nothing is used before the fork.
 
+    The BLAS is loaded as `engine.batch_invariant` has it.
+    """
+    from runner.models.blas import load_blas, pin_kernels
+
+    pin_kernels()
     load_blas()
     import pyarrow as pa
 

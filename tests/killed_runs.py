@@ -65,6 +65,7 @@ def attempt(config: DictConfig, choose: random.Random) -> int:
     by_step = choose.random() < 0.5
     last_step = choose.randrange(1, 60) if by_step else None
     config.output.shard_rows = choose.choice([1, 3, 8])
+    config.engine.max_batch_size = choose.choice([1, 2, 5])
     child = os.fork()
     if child == 0:
         run(config, last_step)

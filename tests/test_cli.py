@@ -303,3 +303,45 @@ def test_free_text_needs_no_quotes_of_hydras(key: str, text: str) -> None:
 def test_texts_in_quotes_and_null_are_left_to_hydra() -> None:
     words = ["data.system_prompt='a','b'", "data.prompt_template=null"]
     assert parse_arguments(words, GROUPS).overrides == words
+
+
+def test_a_bare_word_after_the_job_is_the_option_that_its_file_names(workplace: Path) -> None:
+    text = MY_CONF + "_positional_: output.dir\n"
+    (workplace / "conf" / "job" / "mine.yaml").write_text(text)
+    place = workplace / "it's [here], {now}"
+    place.mkdir()
+    for words in (["mine", place.name], [place.name], [f"output.dir={place.name}"]):
+        given = words if words[0] == "mine" else ["mine", *words, "sampling.n=3"]
+        assert "answer 42" in runner(*given, cwd=workplace).stdout
+        assert (place / "seen.yaml").exists()
+        (place / "seen.yaml").unlink()
+
+
+def test_a_bare_word_after_any_other_job_is_refused(workplace: Path) -> None:
+    done = runner("mine", "there", cwd=workplace)
+    assert done.returncode == 2 and "'there' cannot be read as key=value" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides", "place"),
+    [
+        (["status", "out"], ["job=status", "output.dir='out'"], "out"),
+        (["job.json=true", "status", "a b"], ["job.json=true", "job=status", "output.dir='a b'"],
+         "a b"),
+        (["status", "output.dir=x=y"], ["job=status", "output.dir='x=y'"], "x=y"),
+        (["status"], ["job=status"], ""),
+        (["generate", "output.dir=out"], ["job=generate", "output.dir=out"], None),
+    ],
+)  # fmt: skip
+def test_a_jobs_place_is_known_before_hydra_makes_it(
+    words: list[str], overrides: list[str], place: str | None
+) -> None:
+    arguments = parse_arguments(words, GROUPS, {"status": "output.dir"})
+    assert (arguments.overrides, arguments.place) == (overrides, place)
+
+
+def test_a_run_that_stopped_is_one_line_and_exit_code_1(workplace: Path) -> None:
+    code = MY_JOB.replace('raise DataError("no rows in prompts.jsonl")', "raise StoppedError('x')")
+    (workplace / "my_job.py").write_text(code.replace("DataError", "StoppedError"))
+    done = runner("mine", "job.fail=usage", cwd=workplace)
+    assert (done.returncode, done.stderr) == (1, "error: x\n")

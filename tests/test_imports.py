@@ -9,20 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config"},
-    {
-        "engine",
-        "models",
-        "data",
-        "rewards",
-        "prompts",
-        "scores",
-        "progress",
-        "interrupt",
-        "device_memory",
-    },
-    {"batch_size", "texts"},
+    {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
+    | {"device_memory", "overrides", "run_log", "trackers"},
+    {"batch_size", "identity", "openai", "status", "texts", "watch"},
     {"llm"},
-    {"report", "rows", "server"},
+    {"report", "result_rows", "rows", "server"},
     {"job"},
     {"jobs"},
     {"cli", "arguments", "composition", "config_errors", "help"},

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -59,11 +59,19 @@ class WriteBehind:
     """Hands rows to a `ResultWriter` in a thread of its own, which also commits what is due.
 
     `write` waits while the thread has `depth` groups to write. What the thread raises is raised by
-    the next `write`, or by `close`.
+    the next `write`, or by `close`. The thread calls `committed` after every commit but the one of
+    `close`.
     """
 
-    def __init__(self, writer: ResultWriter, *, depth: int = 256) -> None:
+    def __init__(
+        self,
+        writer: ResultWriter,
+        *,
+        depth: int = 256,
+        committed: Callable[[], object] = lambda: None,
+    ) -> None:
         self._writer = writer
+        self._committed = committed
         self._groups: queue.Queue[Sequence[Mapping[str, Any]] | None] = queue.Queue(depth)
         self._failure: BaseException | None = None
         self._is_raised = False
@@ -107,9 +115,12 @@ class WriteBehind:
                 rows = ()
             if rows is None:
                 return
+            before = self._writer.num_rows
             try:
                 self._writer.write(rows)
                 self._writer.commit_if_due()
+                if self._writer.num_rows != before:
+                    self._committed()
             # Whatever it is, the thread that started the run is to end it.
             except BaseException as failure:
                 self._failure = self._failure or failure

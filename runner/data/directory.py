@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from runner.data.batch_results import BATCH_FILE
 from runner.data.digests import RowIds
 from runner.data.durable import remove_file, rename, stopping
 from runner.data.lock import DirectoryLock
@@ -134,6 +135,10 @@ class OutputDirectory:
 
     def _opened(self) -> Manifest:
         """The manifest that is there if it can be continued, else a new one."""
+        if (self.path / BATCH_FILE).exists():
+            raise OutputError(
+                f"{self.path}: holds answers to a batch file; choose another directory"
+            )
         new = Manifest(identity=self._identity)
         is_ours = (self.path / OLD_MANIFEST_FILE).exists() and self._overwrite
         manifest = None if is_ours else Manifest.load(self.path, tolerant=self._overwrite)

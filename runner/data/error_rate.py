@@ -11,10 +11,12 @@ FIRST_ROWS = 100
 class ErrorRate:
     """Counts the input rows of one run that failed, by what went wrong."""
 
-    def __init__(self, max_error_rate: float) -> None:
+    def __init__(self, max_error_rate: float, *, can_retry: bool = False) -> None:
+        """`can_retry` says that the failed rows can be done again."""
         if not 0.0 <= max_error_rate <= 1.0:
             raise ParameterError(f"max_error_rate={max_error_rate!r} is not allowed: 0 to 1")
         self.max_error_rate = max_error_rate
+        self._can_retry = can_retry
         self._num_rows = 0
         self._messages: Counter[str] = Counter()
 
@@ -37,8 +39,9 @@ class ErrorRate:
 
     def _reason(self) -> str:
         most = "; ".join(f"{count} x {text}" for text, count in self._messages.most_common(3))
+        retry = ", output.retry_errors=true does the failed ones again" if self._can_retry else ""
         return (
             f"{self.num_errors} of {self._num_rows} rows failed, more than "
             f"output.max_error_rate={self.max_error_rate} allows ({most}); the same command goes "
-            "on with the other rows, output.retry_errors=true does the failed ones again"
+            f"on with the other rows{retry}"
         )

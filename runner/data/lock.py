@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +34,15 @@ class DirectoryLock:
         with file:
             self._lock(file, fcntl.LOCK_SH)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether another process holds it; takes nothing, makes no file."""
+        try:
+            self.check()
+        except OutputError:
+            return True
+        return False
+
     def acquire(self) -> None:
         """Takes the lock; raises OutputError where another process holds it."""
         while self._file is None:
@@ -44,9 +54,10 @@ class DirectoryLock:
                 raise
             # Its last holder may have removed the file between the two lines above.
             if self._is_current(file):
-                file.truncate(0)
-                file.write(f"{os.getpid()}\n".encode())
-                file.flush()
+                # A full disk takes no process id, and the lock holds all the same.
+                with suppress(OSError):
+                    os.ftruncate(file.fileno(), 0)
+                    os.write(file.fileno(), f"{os.getpid()}\n".encode())
                 self._file = file
             else:
                 file.close()

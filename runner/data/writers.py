@@ -58,7 +58,7 @@ class ResultWriter:
         self.schema = schema
         self.merge = merge
         self.merge_format = MergeFormat(merge_format, rows=merge_rows)
-        self._error_rate = ErrorRate(max_error_rate)
+        self._error_rate = ErrorRate(max_error_rate, can_retry=True)
         self._output = OutputDirectory(
             self.directory,
             schema=schema,

@@ -26,6 +26,8 @@ _CANDIDATE_WIDTHS = (64, 1024)
 """Top-k rows are sorted to one of these widths, chosen by the row's own k, never by its mates'."""
 _BLOCK = 256
 """Tokens whose weights are summed before the cumulative sum is taken."""
+_COLDEST, _HOTTEST = 2.0**-64, 2.0**64
+"""Beyond these a row draws its likeliest token, or any, all the same, and float32 runs out."""
 
 
 def uniforms(
@@ -85,7 +87,7 @@ class Sampler:
         """Arrays for the rows of a batch; None stands for an empty slot."""
         params = [row or _GREEDY for row in rows]
         greedy = [p.temperature == 0 for p in params]
-        temperature = [p.temperature or 1.0 for p in params]
+        temperature = [min(max(p.temperature or 1.0, _COLDEST), _HOTTEST) for p in params]
         wanted = [p.logprobs for p in params if p.logprobs is not None]
         alone = [
             p.min_p if not g and _width(p, vocab_size) is None else 0.0

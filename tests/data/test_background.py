@@ -81,6 +81,27 @@ def test_a_row_is_committed_in_time_though_no_other_comes(tmp_path: Path) -> Non
     behind.close(complete=True)
 
 
+def test_every_commit_of_the_thread_is_told_and_a_failure_of_the_telling_ends_the_run(
+    tmp_path: Path,
+) -> None:
+    seen: list[int] = []
+
+    def tell() -> None:
+        seen.append(writer.num_rows)
+        if len(seen) == 3:
+            raise StoppedError("no space")
+
+    writer = ResultWriter(dir=tmp_path, schema=SCHEMA, identity={}, shard_rows=5)
+    behind = WriteBehind(writer, committed=tell)
+    behind.start()
+    with pytest.raises(StoppedError, match="no space"):
+        for number in range(10_000):
+            behind.write([{"row_id": str(number)}])
+    behind.close(complete=True)
+    assert seen[:3] == [5, 10, 15] and not writer.complete
+    assert len(rows(tmp_path)) == writer.num_rows >= 15
+
+
 def test_what_the_thread_cannot_write_ends_the_run_once(tmp_path: Path) -> None:
     behind = opened(tmp_path, max_error_rate=0.0)
     error = {"type": "PromptError", "message": "no"}

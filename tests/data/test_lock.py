@@ -1,6 +1,7 @@
 """One process writes to a directory; its lock ends with it."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -33,6 +34,24 @@ def test_the_second_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None
     with DirectoryLock(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_asking_who_holds_it_makes_no_file_and_keeps_no_lock(tmp_path: Path) -> None:
+    assert not DirectoryLock(tmp_path).is_held and list(tmp_path.iterdir()) == []
+    with DirectoryLock(tmp_path):
+        assert DirectoryLock(tmp_path).is_held
+        assert DirectoryLock(tmp_path).is_held
+    assert not DirectoryLock(tmp_path).is_held
+
+
+def test_a_disk_without_room_for_the_process_id_is_locked_all_the_same(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with DirectoryLock(tmp_path), pytest.raises(OutputError, match=r"\(pid unknown\)"):
+            DirectoryLock(tmp_path).acquire()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_looking_makes_no_file_and_takes_nothing(tmp_path: Path) -> None:

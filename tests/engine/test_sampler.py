@@ -101,6 +101,16 @@ def test_greedy_takes_the_largest_and_gives_its_model_logprob(sampler):
     assert packed[0, 1] == packed[0, 2]
 
 
+def test_temperatures_beyond_float32_are_the_likeliest_token_or_any(sampler):
+    logits = LOGITS.copy()
+    logits[:10] = -np.inf
+    cold = draw_many(sampler, SamplingParams(temperature=1e-300), 50, logits)
+    assert set(cold[:, 0]) == {int(logits.argmax())}
+    hot = draw_many(sampler, SamplingParams(temperature=1e300), 2000, logits)
+    assert set(hot[:, 0]) == set(range(10, VOCAB))
+    assert np.allclose(hot[:, 2].view(np.float32), -np.log(VOCAB - 10), atol=1e-5)
+
+
 def test_alternatives_are_ranked_and_hold_the_largest(sampler):
     packed = draw_many(sampler, SamplingParams(logprobs=4, temperature=3.0), 16)
     order = np.argsort(-LOGITS)

@@ -42,7 +42,7 @@ def test_the_directory_holds_rows_manifest_summary_and_config(place):
     printed = generate(place, "data.prompt_column=question", *SHORT)
     out = place / "out"
     assert sorted(p.name for p in out.iterdir()) == [
-        "config.yaml", "manifest.jsonl", "part-00000.arrow", "summary.json",
+        "config.yaml", "manifest.jsonl", "part-00000.arrow", "run.log", "summary.json",
     ]  # fmt: skip
     rows = results(out)
     assert rows.height == 6
@@ -65,6 +65,21 @@ def test_the_directory_holds_rows_manifest_summary_and_config(place):
     assert config.sampling.max_tokens == 6 and config.data.path == "prompts.jsonl"
     assert max(map(len, printed.splitlines())) <= 80 + len(str(out))
     assert f'polars.scan_ipc("{out}/part-*.arrow")' in printed
+
+
+def test_a_run_is_logged_and_reported_to_a_tracker_and_its_status_is_told(place):
+    pytest.importorskip("tensorboardX")
+    generate(
+        place, "data.prompt_column=question", "tracker=tensorboard", "output.shard_rows=2", *SHORT
+    )
+    log = (place / "out" / "run.log").read_text()
+    assert "sampling.max_tokens=6" in log and "INFO model name=tiny" in log and " blas=" in log
+    assert "commit rows=2 " in log and "commit rows=6 " in log and "What is" not in log
+    assert log.splitlines()[-1].endswith("INFO end state=finished rows=6")
+    (events,) = (place / "out" / "tensorboard").iterdir()
+    assert b"tokens_per_second" in events.read_bytes()
+    shown = succeed("status", "out", cwd=place)
+    assert "  state     finished\n  rows      6 of 6 (100%), 0 errors\n" in shown
 
 
 def test_prompt_logprobs_are_a_column_of_the_models_own_distribution(place):

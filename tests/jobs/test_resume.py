@@ -17,9 +17,9 @@ from command_line import ROOT, results, write_jsonl
 from forked_cli import ForkedCommands
 
 ROWS = [{"prompt": f"row {i}", "level": i} for i in range(24)]
-# A logprob's last bits depend on how many rows and columns are multiplied together, and a run that
-# goes on has other batches. What makes them the same bits for any batch goes here.
-EQUAL_BYTES = ("engine.max_batch_size=1", "engine.prefix_cache_bytes=0")
+# A logprob's last bits would depend on how many rows and columns are multiplied together, and a run
+# that goes on has other batches.
+EQUAL_BYTES = ("engine.batch_invariant=true", "engine.max_batch_size=4")
 BASE = (
     "generate", "model.path=tiny", "data.path=prompts.jsonl", "sampling.max_tokens=6",
     "sampling.ignore_eos=true", *EQUAL_BYTES,
@@ -92,7 +92,8 @@ def many(place: Path, number: int = 1500) -> int:
 
 
 def test_a_hundred_kills_give_the_bytes_of_an_uninterrupted_run(place):
-    """Laws 8 of the design: no row lost, none twice, bytes equal after the merge."""
+    """Law 8 of the design: no row lost, none twice, bytes equal after the merge, though every run
+    has another batch size."""
     write_jsonl(place / "prompts.jsonl", [*ROWS[:14], *ROWS[:4], {"prompt": None, "level": 0}])
     generate(place, "sampling.n=2", "output.max_error_rate=1", out="whole")
     config = (place / "whole" / "config.yaml").read_text()
@@ -177,6 +178,33 @@ def test_a_disk_that_refuses_stops_the_run_which_goes_on_later(place):
     assert results(place / "out").height == 24
 
 
+@pytest.mark.parametrize("size", [0, 1300])
+@pytest.mark.parametrize("job", ["generate", "openai_batch"])
+def test_a_disk_without_room_for_a_beginning_is_one_line(job, size, place):
+    request = {
+        "custom_id": "a",
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": {"prompt": "x"},
+    }
+    write_jsonl(place / "batch.jsonl", [request])
+    path = "batch.jsonl" if job == "openai_batch" else "prompts.jsonl"
+    command = [job, "model.path=tiny", f"data.path={path}", "output.dir=out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", *command],
+        cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and "File too large" in line and "same command" in line
+    if size:
+        there = {path.name for path in (place / "out").iterdir()}
+        assert "config.yaml" not in there and there & {"manifest.jsonl", "batch.json"}
+        succeed(*command, cwd=place)
+
+
 def full_disk(place: Path, size: str) -> bool:
     """Mounts a small file system; False where that is not allowed."""
     (place / "small").mkdir()
@@ -215,7 +243,9 @@ def test_a_job_that_fails_wholesale_stops_and_its_errors_are_done_again(place):
     last = done.stderr.strip().splitlines()[-1]
     assert "rows failed, more than output.max_error_rate=0.01" in last and "300 tokens" in last
     assert 0 < results(place / "out").height < 150
-    assert not json.loads((place / "out" / "summary.json").read_text())["complete"]
+    summary = json.loads((place / "out" / "summary.json").read_text())
+    assert not summary["complete"] and summary["state"] == "stopped"
+    assert summary["rows"] == results(place / "out").height
     generate(place, "output.max_error_rate=1")
     assert results(place / "out").height == 150
     summary = json.loads((place / "out" / "summary.json").read_text())
@@ -237,7 +267,8 @@ def test_the_input_may_change_between_runs_and_the_rest_may_not(place):
     line = refused(*BASE, "output.dir=out", "data.path=other.jsonl", cwd=place)
     assert 'data.path: "prompts.jsonl" -> "other.jsonl"' in line
     (place / "other.jsonl").rename(place / "prompts.jsonl")
-    generate(place, "output.shard_rows=3", "engine.prefill_step_size=64", "output.merge=true")
+    others = ("engine.prefill_step_size=64", "engine.max_batch_size=2")
+    generate(place, "output.shard_rows=3", "output.merge=true", *others)
     after = results(place / "out")
     assert after.height == 25 and after.join(before, on="row_id", how="semi").equals(before)
     generate(place, "output.merge=true", out="straight")
@@ -303,6 +334,8 @@ def test_merging_from_the_command_line(place):
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert [row["level"] for row in rows] == [row["level"] for row in ROWS for _ in range(2)]
     assert [row["sample_index"] for row in rows] == [0, 1] * 24
-    assert "nowhere: holds no results" in refused("merge", "nowhere", cwd=place)
+    assert "nowhere: no such directory" in refused("merge", "nowhere", cwd=place)
     assert not (place / "nowhere").exists()
+    assert "merge needs a directory: runner merge DIR" in refused("merge", cwd=place)
+    assert "tiny: holds no results" in refused("merge", "tiny", cwd=place)
     assert "merge_format='csv'" in refused("merge", "out", "output.merge_format=csv", cwd=place)

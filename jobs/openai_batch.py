@@ -1,0 +1,282 @@
+"""Answers OpenAI batch files: a response or an error for every line, each of them once."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from runner.data.batch_results import ERROR_FILE, OUTPUT_FILE, BatchResults
+from runner.data.error_rate import ErrorRate
+from runner.data.openai_batch import BadLine, BatchFile, BatchLine, answer_line
+from runner.errors import ParameterError, StoppedError
+from runner.identity import identity
+from runner.interrupt import Interrupt
+from runner.llm import LLM
+from runner.models.token_bytes import TokenBytes
+from runner.openai.errors import ApiError
+from runner.openai.requests import KNOWN_URLS, ApiRequest, parameter_error, parse_request
+from runner.openai.responses import check_outputs, response_body, usage
+from runner.overrides import refuse_others
+from runner.run_log import public_options
+from runner.types import ErrorInfo, PromptRequest, RequestOutput, SamplingParams
+from runner.watch import State, Watch
+
+_OPTIONS = (
+    "model",
+    "engine",
+    "sampling",
+    "tracker",
+    "data.path",
+    "output.dir",
+    "output.max_error_rate",
+)
+_DECIDING_GROUPS = ("job", "model", "sampling")
+
+
+def openai_batch(
+    config: DictConfig, *, check_model: bool = True, served_model_name: Sequence[str] = ()
+) -> None:
+    """Answers the lines of `data.path` that have no answer in `output.dir` yet.
+
+    `served_model_name` has further names of the model; `check_model` refuses lines that name
+    another. `sampling` has the values of the fields that a line leaves out.
+    """
+    refuse_others("openai_batch", _OPTIONS)
+    plain = _plain(config)
+    defaults = _defaults(plain)
+    error_rate = ErrorRate(plain["output"]["max_error_rate"])
+    batch = BatchFile(plain["data"]["path"], urls=KNOWN_URLS)
+    results = BatchResults(Path(plain["output"]["dir"]), identity(plain, _DECIDING_GROUPS))
+    total, done = results.count(batch)
+    if done == total:
+        print(f"{results.directory} holds all {total} answers already.")
+        return
+    options = plain["model"] | plain["engine"]
+    llm = LLM(options.pop("path"), seed=defaults.seed or 0, **options)
+    llm.check(defaults)
+    names = [*served_model_name, llm.loaded.name, llm.loaded.path, plain["model"]["path"]]
+    answerer = Answerer(llm, defaults, names, check_model=check_model)
+    tracker = instantiate(config.tracker)
+    try:
+        results.start()
+        results.save("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        model = {"name": names[0], "path": llm.loaded.path, "dtype": llm.loaded.dtype}
+        watch = Watch(
+            results.directory,
+            public_options(plain),
+            total=total,
+            done=done,
+            tracker=tracker,
+            model=model,
+        )
+        _Run(results, answerer, watch, error_rate, model).run(batch)
+    finally:
+        results.close()
+
+
+@dataclass
+class _Open:
+    """A line whose outputs are not all there."""
+
+    line: BatchLine | BadLine
+    request: ApiRequest | None = None
+    error: ApiError | None = None
+    outputs: dict[int, RequestOutput] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it is missing."""
+        return self.request is None or len(self.outputs) == len(self.request.prompts)
+
+
+class Answerer:
+    """Turns lines into requests to a model, and what the model says into answers."""
+
+    def __init__(
+        self, llm: LLM, defaults: SamplingParams, names: Sequence[str], *, check_model: bool
+    ) -> None:
+        """`names` are those of the model; answers say the first."""
+        self.llm = llm
+        self._defaults = defaults
+        self._names = names
+        self._check_model = check_model
+        self._token_bytes = TokenBytes(llm.tokenizer)
+
+    def understand(self, line: BatchLine) -> ApiRequest:
+        """What a line asks; raises `ApiError` where this model cannot be asked that."""
+        request = parse_request(line.url, line.body, self._defaults)
+        is_other = request.model is not None and request.model not in self._names
+        if self._check_model and is_other:
+            what = f"The model {request.model!r} does not exist; this one is {self._names[0]!r}."
+            raise ApiError(what, code="model_not_found", param="model", status=404)
+        try:
+            self.llm.check(request.params)
+        except ParameterError as error:
+            raise parameter_error(error, {}) from error
+        return request
+
+    def answer(self, done: _Open) -> tuple[dict[str, Any], int]:
+        """The line of the output file or the error file, and the tokens it took."""
+        if isinstance(done.line, BadLine):
+            return done.line.answer, 0
+        outputs = [output for _, output in sorted(done.outputs.items())]
+        try:
+            if done.request is None:
+                assert done.error is not None, "a line is asked or refused"
+                raise done.error
+            most = self.llm.engine.max_model_len
+            check_outputs(done.request, outputs, max_model_len=most)
+            body = response_body(
+                done.request,
+                outputs,
+                name=_hex(done.line.id),
+                model=self._names[0],
+                created=int(time.time()),
+                token_bytes=self._token_bytes,
+            )
+        except ApiError as error:
+            told = {"code": error.code, "message": error.message, "param": error.param}
+            return _answer(done.line, error.status, error.body, told), 0
+        return _answer(done.line, 200, body, None), usage(outputs)["completion_tokens"]
+
+
+class _Run:
+    """One run over a batch file: every line that has no answer gets one, or an interrupt comes."""
+
+    def __init__(
+        self,
+        results: BatchResults,
+        answerer: Answerer,
+        watch: Watch,
+        error_rate: ErrorRate,
+        model: Mapping[str, Any],
+    ) -> None:
+        self._results = results
+        self._answerer = answerer
+        self._watch = watch
+        self._error_rate = error_rate
+        self._model = model
+        self._open: dict[str, _Open] = {}
+
+    def run(self, batch: BatchFile) -> None:
+        """Answers; leaves by SystemExit after an interrupt.
+
+        Raises StoppedError where the disk takes no more, or too many requests fail.
+        """
+        state: State = "stopped"
+        with Interrupt() as interrupt:
+            try:
+                outputs = self._answerer.llm.run(
+                    self._requests(batch), interrupted=interrupt.is_requested
+                )
+                for output in outputs:
+                    self._take(output)
+                state = "interrupted" if interrupt.is_requested() else "finished"
+                self._commit(state)
+            except KeyboardInterrupt:
+                state = "interrupted"
+                raise
+            except Exception:
+                # A full disk may refuse this as well.
+                with suppress(StoppedError):
+                    self._commit(state)
+                raise
+            finally:
+                self._watch.close(state)
+        self._report()
+        interrupt.exit_if_requested()
+
+    def _requests(self, batch: BatchFile) -> Iterator[PromptRequest | RequestOutput]:
+        for number, line in enumerate(batch):
+            if not self._results.is_done(line):
+                yield from self._asked(str(number), line)
+
+    def _asked(self, name: str, line: BatchLine | BadLine) -> list[Any]:
+        """The requests that a line makes; one that cannot be asked is its own, failed output."""
+        opened = self._open[name] = _Open(line)
+        try:
+            if isinstance(line, BatchLine):
+                request = self._answerer.understand(line)
+                asked = request.prompt_requests(name, key=f"custom_id/{line.custom_id}")
+                opened.request = request
+                return asked
+        except ApiError as error:
+            opened.error = error
+        except RecursionError:
+            opened.error = ApiError("The body is nested too deeply.", code="invalid_value")
+        failed = ErrorInfo("ApiError", "")
+        return [
+            RequestOutput(request_id=f"{name}/0", prompt=None, prompt_token_ids=[], error=failed)
+        ]
+
+    def _take(self, output: RequestOutput) -> None:
+        name, _, place = output.request_id.rpartition("/")
+        opened = self._open[name]
+        opened.outputs[int(place)] = output
+        if not opened.is_whole:
+            return
+        del self._open[name]
+        answer, num_tokens = self._answerer.answer(opened)
+        error = answer["error"]
+        is_committed = self._results.write(answer)
+        self._watch.row(num_tokens, error=error["code"] if error else None)
+        if is_committed:
+            self._commit("running")
+        if isinstance(opened.line, BatchLine):
+            self._error_rate.add(
+                {"type": error["code"], "message": error["message"]} if error else None
+            )
+
+    def _commit(self, state: State) -> None:
+        """Commits, and says so to whoever watches."""
+        self._results.commit()
+        self._watch.committed(self._results.num_lines)
+        self._summarize(state)
+
+    def _summarize(self, state: State) -> None:
+        results = self._results
+        numbers = self._watch.numbers(state) | {
+            "rows": results.num_lines,
+            "errors": dict(results.errors.most_common()),
+            "complete": state == "finished",
+            "model": self._model,
+        }
+        results.save("summary.json", json.dumps(numbers, indent=2) + "\n")
+
+    def _report(self) -> None:
+        """Prints what the directory holds."""
+        results, run = self._results, self._watch.numbers("finished")["run"]
+        tokens = f"{run['completion_tokens']} in {run['seconds']:.1f} s"
+        print(f"\n  answers   {results.num_answers} in {results.directory / OUTPUT_FILE}")
+        print(f"  errors    {results.errors.total()} in {results.directory / ERROR_FILE}")
+        print(f"  tokens    {tokens}: {run['tokens_per_second']:.0f} tokens/s")
+
+
+def _answer(
+    line: BatchLine, status: int, body: Mapping[str, Any], error: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    response = {"status_code": status, "request_id": f"req_{_hex(line.id)}", "body": body}
+    return answer_line(line.id, line.custom_id, response=response, error=error)
+
+
+def _hex(line_id: str) -> str:
+    return line_id.rpartition("_")[2]
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    content = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(content, dict), "a configuration is a mapping"
+    return {str(key): value for key, value in content.items()}
+
+
+def _defaults(plain: Mapping[str, Any]) -> SamplingParams:
+    if plain["sampling"]["prompt_logprobs"] is not None:
+        what = "a line asks for those of its prompt with echo and logprobs"
+        raise ParameterError(f"sampling.prompt_logprobs means nothing to openai_batch: {what}")
+    return SamplingParams(**plain["sampling"])

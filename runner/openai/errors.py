@@ -1,0 +1,26 @@
+"""What a client is told that sent a request which cannot be answered."""
+
+from typing import Any
+
+from runner.errors import RowError
+
+
+class ApiError(RowError):
+    """One request cannot be answered; `body` is what OpenAI's servers say in such a case."""
+
+    def __init__(
+        self, message: str, *, code: str, param: str | None = None, status: int = 400
+    ) -> None:
+        """`param` is the field of the body that is at fault, `status` an HTTP status code."""
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+        self.status = status
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The body of the response."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": told}

@@ -1,0 +1,125 @@
+"""Outputs -> the response bodies that OpenAI's clients parse."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from runner.openai.errors import ApiError
+from runner.openai.logprobs import (
+    Spelling,
+    TokenBytes,
+    chat_logprobs,
+    completion_logprobs,
+    echoed_logprobs,
+    echoed_prompt,
+)
+from runner.openai.requests import ApiRequest
+from runner.types import Completion, RequestOutput
+
+_TOO_LONG = "context_length_exceeded"
+
+
+def check_outputs(
+    request: ApiRequest, outputs: Sequence[RequestOutput], *, max_model_len: int | None
+) -> None:
+    """Raises `ApiError` where some prompt was refused or some sample is not whole.
+
+    A response has all of its choices or there is none.
+    """
+    for place, output in enumerate(outputs):
+        where = f"prompt {place}: " if len(outputs) > 1 else ""
+        if output.error is not None:
+            length = len(output.prompt_token_ids)
+            is_long = max_model_len is not None and length >= max_model_len
+            code = _TOO_LONG if is_long else "invalid_value"
+            what = f"{where}{output.error.message}"
+            raise ApiError(what, code=code, param=request.endpoint.prompt_field)
+        scored = output.prompt_token_logprobs
+        if scored is not None and any(map(math.isnan, scored.logprobs)):
+            what = f"{where}a logprob of the prompt's is not a number"
+            raise ApiError(what, code="model_output_error", status=500)
+        for sample in output.outputs:
+            if sample.error is not None:
+                is_output = sample.error.type == "ModelOutputError"
+                code = "model_output_error" if is_output else "server_error"
+                raise ApiError(where + sample.error.message, code=code, status=500)
+
+
+def response_body(
+    request: ApiRequest,
+    outputs: Sequence[RequestOutput],
+    *,
+    name: str,
+    model: str,
+    created: int,
+    token_bytes: TokenBytes,
+) -> dict[str, Any]:
+    """The body of a response.
+
+    Args:
+        request: what was asked.
+        outputs: one for each prompt, in order, all of them whole.
+        name: what is to follow `cmpl-` or `chatcmpl-` in the id.
+        model: the name of the model that answered.
+        created: seconds since 1970.
+        token_bytes: the bytes of a token.
+    """
+    spelling = Spelling(token_bytes, as_token_ids=request.return_tokens_as_token_ids)
+    choices = _chat_choices if request.is_chat else _completion_choices
+    body: dict[str, Any] = {
+        "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{name}",
+        "object": "chat.completion" if request.is_chat else "text_completion",
+        "created": created,
+        "model": model,
+        "choices": list(choices(request, outputs, spelling)),
+        "usage": usage(outputs),
+    }
+    if request.is_chat and request.return_token_ids:
+        body["prompt_token_ids"] = outputs[0].prompt_token_ids
+    return body
+
+
+def usage(outputs: Sequence[RequestOutput]) -> dict[str, int]:
+    """Tokens of the prompts, each counted once however many completions it has, and of the
+    completions, the tokens that ended them included."""
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    completion = sum(len(s.token_ids) for output in outputs for s in output.outputs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def _completion_choices(
+    request: ApiRequest, outputs: Sequence[RequestOutput], spelling: Spelling
+) -> Iterator[Mapping[str, Any]]:
+    """The choices of all prompts, those of the first prompt first."""
+    index = 0
+    for output in outputs:
+        for sample in output.outputs:
+            logprobs, text = completion_logprobs(sample, spelling), sample.text
+            if request.echo:
+                logprobs = echoed_logprobs(output, sample, spelling)
+                text = echoed_prompt(output, spelling.bytes_of) + text
+            shown = {"index": index, "text": text, "logprobs": logprobs}
+            ids = {"prompt_token_ids": output.prompt_token_ids} if request.return_token_ids else {}
+            yield shown | _ending(request, sample) | ids
+            index += 1
+
+
+def _chat_choices(
+    request: ApiRequest, outputs: Sequence[RequestOutput], spelling: Spelling
+) -> Iterator[Mapping[str, Any]]:
+    (output,) = outputs
+    for sample in output.outputs:
+        message = {"role": "assistant", "content": sample.text, "refusal": None}
+        logprobs = chat_logprobs(sample, spelling, num_top=request.params.logprobs)
+        shown = {"index": sample.index, "message": message, "logprobs": logprobs}
+        yield shown | _ending(request, sample)
+
+
+def _ending(request: ApiRequest, sample: Completion) -> dict[str, Any]:
+    """Why a choice ended, and its token ids where they are asked for, as vLLM has them."""
+    ids = {"token_ids": sample.token_ids} if request.return_token_ids else {}
+    return {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason} | ids
