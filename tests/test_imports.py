@@ -11,7 +11,7 @@ LEVELS = [
     {"types", "errors", "config"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"},
     {"llm"},
-    {"report", "rows", "server"},
+    {"report", "rows", "server", "benchmarking"},
     {"job"},
     {"jobs"},
     {"cli", "arguments", "composition", "config_errors", "help"},

@@ -228,6 +228,11 @@ class ModelRunner:
         """Forgets the prompts of before."""
         self._prefix_cache.clear()
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the row slots, and of the prompts that are kept."""
+        return self.caches.nbytes + self._prefix_cache.nbytes
+
     def reserve(self, num_rows: int, num_columns: int) -> None:
         """Makes room in the row slots."""
         self.caches.reserve(num_rows, num_columns)
