@@ -2,9 +2,10 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
-from runner.benchmarking.table import shown_ratio, shown_speed
+from runner.benchmarking.table import parts, shown_ratio, shown_speed
 from runner.errors import ParameterError
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; grey keeps to the background.
@@ -53,9 +54,10 @@ def _title(result: dict[str, Any]) -> str:
 
 def _caption(result: dict[str, Any]) -> str:
     lines = ["Useful tokens per second: median of the rounds; the line is their spread."]
+    lines += [f"{note}." for note in parts(result)]
     if result["unequal"]:
         lines.append(f"Not equal: only this engine runs with {', '.join(result['unequal'])}.")
-    return "\n".join(lines)
+    return "\n".join(fill(line, 110) for line in lines)
 
 
 def _panel(axes: Any, workload: dict[str, Any]) -> None:

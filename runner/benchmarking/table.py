@@ -22,7 +22,7 @@ def print_table(result: dict[str, Any]) -> None:
                 f"  {workload['workload']:<9}{peer['name']:<18}{ours:>9}{theirs:>9}"
                 f"{middle:>8}{mark} {low} to {high}"
             )
-    notes = [*_parts(result), _memory(result)]
+    notes = [*parts(result), _memory(result)]
     if unequal:
         notes.append(f"* not equal: only this engine runs with {', '.join(unequal)}")
     for note in notes:
@@ -46,17 +46,17 @@ def shown_ratio(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
 
 
-def _parts(result: dict[str, Any]) -> list[str]:
+def parts(result: dict[str, Any]) -> list[str]:
     """Which peers did only some rows."""
-    parts: dict[str, list[str]] = {}
+    done: dict[str, list[str]] = {}
     for workload in result["workloads"]:
         for peer in workload["peers"]:
             if peer["rows"] < workload["rows"]:
                 share = f"{peer['rows']} of {workload['rows']} rows of {workload['workload']}"
-                parts.setdefault(peer["name"], []).append(share)
+                done.setdefault(peer["name"], []).append(share)
     return [
         f"{name} did {', '.join(shares)}; its tokens/s are those of these rows"
-        for name, shares in parts.items()
+        for name, shares in done.items()
     ]
 
 

@@ -228,11 +228,6 @@ class ModelRunner:
         """Forgets the prompts of before."""
         self._prefix_cache.clear()
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the row slots, and of the prompts that are kept."""
-        return self.caches.nbytes + self._prefix_cache.nbytes
-
     def reserve(self, num_rows: int, num_columns: int) -> None:
         """Makes room in the row slots."""
         self.caches.reserve(num_rows, num_columns)
@@ -241,6 +236,11 @@ class ModelRunner:
         """Copies a prompt's past into row slots, also an empty one: a slot may hold a state."""
         for layer, cache in zip(self.caches.layers, prompt.caches, strict=True):
             layer.write_prefix(rows, cache.past(prompt.row, prompt.num_cached))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the row slots, and of the prompts that are kept."""
+        return self.caches.nbytes + self._prefix_cache.nbytes
 
     def decode(self, token_ids: mx.array, positions: Sequence[int]) -> mx.array:
         """Forwards one token per row, (B,), written at `positions`; logits (B, V)."""
