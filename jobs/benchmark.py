@@ -1,178 +1,134 @@
-"""Times the engine beside mlx-lm on the same loaded weights, in turn, several rounds."""
+"""Times the engine beside its peers, in turn, several rounds."""
 
 import json
+import os
 import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import make_sampler
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from runner.benchmarking.baseline import print_comparison, read_baseline
+from runner.benchmarking.engine_side import weights_bytes
+from runner.benchmarking.measure import measure, result
+from runner.benchmarking.peers import COMPARED, Peers
+from runner.benchmarking.picture import check_matplotlib, draw
+from runner.benchmarking.table import print_table, unequal_options
 from runner.data.workloads import WORKLOADS, Workload
 from runner.errors import OutputError, ParameterError
 from runner.llm import LLM
-from runner.types import Request, SamplingParams
 
-Runner = Callable[[LLM, Workload], None]
 _RESULT_FILE = "benchmark.json"
 
 
-def benchmark(config: DictConfig, *, workloads: list[str], rounds: int) -> None:
-    """Runs `workloads`, by name, for `rounds` rounds of each side; writes `benchmark.json`."""
-    unknown = [name for name in workloads if name not in WORKLOADS]
-    if unknown:
-        known = ", ".join(WORKLOADS)
-        raise ParameterError(f"job.workloads={unknown[0]} is not a workload: {known} are")
-    if rounds < 1:
-        raise ParameterError(f"job.rounds={rounds} is not allowed: at least 1")
-    result = Path(config.output.dir) / _RESULT_FILE
-    if result.exists():
-        raise OutputError(f"{result} is there already: choose another directory")
-    llm = LLM(seed=config.sampling.seed, **_options(config))
-    measured = [_compare(llm, WORKLOADS[name](llm.tokenizer), rounds) for name in workloads]
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps(_machine(llm) | {"workloads": measured}, indent=2) + "\n")
-    _print_table(measured)
+def benchmark(
+    config: DictConfig,
+    *,
+    workloads: Sequence[str],
+    rounds: int,
+    compare: str | Sequence[str],
+    stock_rows: int,
+    baseline: str | None,
+    picture: bool,
+) -> None:
+    """Runs `workloads`, by name, beside what `compare` names; writes `benchmark.json`."""
+    compare = [compare] if isinstance(compare, str) else list(compare)
+    _check(workloads, compare, {"rounds": rounds, "stock_rows": stock_rows})
+    if picture:
+        check_matplotlib()
+    before = read_baseline(baseline) if baseline is not None else None
+    file = Path(config.output.dir) / _RESULT_FILE
+    if file.exists():
+        raise OutputError(f"{file} is there already: choose another directory")
+    llm = LLM(**_options(config))
+    chosen = [_fitting(llm, WORKLOADS[name](llm.tokenizer)) for name in workloads]
+    with Peers(llm, compare, options=_options(config), stock_rows=stock_rows) as peers:
+        measured = [_measured(llm, peers, workload, rounds) for workload in chosen]
+    written = _machine(llm, config) | {"workloads": measured}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(written, indent=2) + "\n")
+    if picture:
+        draw(written, file.parent)
+    print_table(written)
+    if before is not None:
+        print_comparison(written, before)
+
+
+def _measured(llm: LLM, peers: Peers, workload: Workload, rounds: int) -> dict[str, Any]:
+    sides = peers.sides(workload)
+    return result(workload, sides, measure(sides, rounds), weights_bytes=weights_bytes(llm))
+
+
+def _check(workloads: Sequence[str], compare: Sequence[str], numbers: dict[str, int]) -> None:
+    _check_names("workloads", workloads, list(WORKLOADS))
+    _check_names("compare", compare, COMPARED)
+    for name, number in numbers.items():
+        if number < 1:
+            raise ParameterError(f"job.{name}={number} is not allowed: at least 1")
+
+
+def _check_names(option: str, given: Sequence[str], known: Sequence[str]) -> None:
+    if not given:
+        raise ParameterError(f"job.{option}=[] is not allowed: name {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            raise ParameterError(f"job.{option}={name} is not there: {', '.join(known)} are")
 
 
 def _options(config: DictConfig) -> dict[str, Any]:
+    """What an `LLM` is made with."""
     options = {str(key): value for key, value in (*config.model.items(), *config.engine.items())}
-    return {"model": options.pop("path")} | options
+    return {"model": options.pop("path"), "seed": config.sampling.seed} | options
 
 
-def _compare(llm: LLM, workload: Workload, rounds: int) -> dict[str, Any]:
-    """Seconds of both sides, a round of one after a round of the other, after a warm-up."""
-    peer, run_peer = _PEERS[workload.name]
-    sides: dict[str, Runner] = {"runner": run_engine, peer: run_peer}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, run in sides.items():
-            started = time.perf_counter()
-            run(llm, workload)
-            if turn > 0:
-                seconds[name].append(time.perf_counter() - started)
-    ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
-    return {
-        "workload": workload.name,
-        "rows": workload.num_rows,
-        "useful_tokens": workload.num_tokens,
-        "sides": {name: _speed(workload, taken) for name, taken in seconds.items()},
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-    }
-
-
-def _speed(workload: Workload, seconds: list[float]) -> dict[str, Any]:
-    median = statistics.median(seconds)
-    return {
-        "seconds": seconds,
-        "tokens_per_second": workload.num_tokens / median,
-        "rows_per_hour": workload.num_rows / median * 3600,
-    }
-
-
-def run_engine(llm: LLM, workload: Workload) -> None:
-    """The workload on this package's engine, with nothing cached from before."""
-    llm.engine.clear_prefix_cache()
-    done = 0
-    for completion in llm.engine.run(_requests(workload)):
-        scored = completion.prompt_logprobs
-        done += len(completion.token_ids if scored is None else scored.logprobs)
-    assert done == workload.num_tokens, "every token that was asked for, and no other"
-
-
-def _requests(workload: Workload) -> Iterator[Request]:
-    for index, (prompt, most) in enumerate(zip(workload.prompts, workload.max_tokens, strict=True)):
-        params = SamplingParams(
-            n=workload.n,
-            temperature=workload.temperature,
-            max_tokens=most,
-            prompt_logprobs=0 if workload.is_scored else None,
-            ignore_eos=True,
-            seed=0,
+def _fitting(llm: LLM, workload: Workload) -> Workload:
+    """Refuses a workload that the model's context does not hold."""
+    pairs = zip(workload.prompts, workload.max_tokens, strict=True)
+    longest = max(len(prompt) + most for prompt, most in pairs)
+    if longest > llm.loaded.max_model_len:
+        raise ParameterError(
+            f"job.workloads={workload.name} is not allowed: it needs {longest} tokens of context, "
+            f"and the model has {llm.loaded.max_model_len}"
         )
-        name = str(index)
-        yield Request(request_id=name, prompt_token_ids=prompt, params=params, key=name)
+    return workload
 
 
-def run_mlx_lm(llm: LLM, workload: Workload) -> None:
-    """The workload on mlx-lm's continuous batching; a prompt is there once for each sample."""
-    size = llm.engine.max_batch_size
-    sampler = make_sampler(temp=workload.temperature)
-    generator = BatchGenerator(llm.model, sampler=sampler, completion_batch_size=size)
-    prompts = [prompt for prompt in workload.prompts for _ in range(workload.n)]
-    most = [most for most in workload.max_tokens for _ in range(workload.n)]
-    generator.insert(prompts, most)
-    done = 0
-    while responses := generator.next_generated():
-        done += len(responses)
-    generator.close()
-    assert done == workload.num_tokens, "every token that was asked for, and no other"
-
-
-def run_forward_loop(llm: LLM, workload: Workload) -> None:
-    """A bare loop of forwards and argmax: what no engine that uses this model can beat."""
-    tokens = mx.array(workload.prompts)
-    cache = make_prompt_cache(llm.model)
-    for _ in range(workload.max_tokens[0]):
-        tokens = mx.argmax(llm.model(tokens, cache=cache)[:, -1], axis=-1)[:, None]
-        mx.eval(tokens)
-
-
-def run_log_softmax(llm: LLM, workload: Workload, *, batch_size: int = 8) -> None:
-    """The loop of `mlx_lm.perplexity`: batches of 8, all logits of a batch, their cross-entropy.
-
-    Its rows are of one length; these are sorted by it, so that few pads are forwarded.
-    """
-    prompts, done = sorted(workload.prompts, key=len), 0
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        padded = np.zeros((len(batch), len(batch[-1])), np.int32)
-        for row, prompt in enumerate(batch):
-            padded[row, : len(prompt)] = prompt
-        logits = llm.model(mx.array(padded[:, :-1])).astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, mx.array(padded[:, 1:]), reduction="none")
-        mx.eval(losses)
-        done += sum(len(prompt) - 1 for prompt in batch)
-    assert done == workload.num_tokens, "every token that was asked for, and no other"
-
-
-_PEERS: dict[str, tuple[str, Runner]] = {
-    "group": ("mlx-lm", run_mlx_lm),
-    "mixed": ("mlx-lm", run_mlx_lm),
-    "decode": ("forward loop", run_forward_loop),
-    "score": ("mlx-lm's loop", run_log_softmax),
-}
-
-
-def _machine(llm: LLM) -> dict[str, Any]:
+def _machine(llm: LLM, config: DictConfig) -> dict[str, Any]:
+    """Everything that the figures depend on."""
     loaded = llm.loaded
+    engine = {str(key): value for key, value in config.engine.items()}
+    engine["max_batch_size"] = llm.engine.max_batch_size
     return {
+        "command": _command(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "device": loaded.device,
         "blas": loaded.blas.name,
         "model": loaded.name,
         "dtype": loaded.dtype,
-        "max_batch_size": llm.engine.max_batch_size,
+        "weights_bytes": weights_bytes(llm),
+        "engine": engine,
+        "unequal": unequal_options(engine),
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
     }
 
 
-def _print_table(measured: list[dict[str, Any]]) -> None:
-    print(f"  {'workload':<10}{'beside':<14}{'tokens/s':>10}{'theirs':>10}{'ratio':>8}  spread")
-    for row in measured:
-        (_, ours), (peer, theirs) = row["sides"].items()
-        ratio = row["ratio"]
-        print(
-            f"  {row['workload']:<10}{peer:<14}{ours['tokens_per_second']:>10.0f}"
-            f"{theirs['tokens_per_second']:>10.0f}{ratio['median']:>8.2f}"
-            f"  {ratio['min']:.2f} to {ratio['max']:.2f}"
-        )
+def _command() -> str:
+    """What repeats it; where the results went does not matter."""
+    given = HydraConfig.get().overrides.task
+    kept = [it for it in given if not it.startswith(("job=", "output.", "job.baseline="))]
+    return " ".join(["runner benchmark", *kept])
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it, else none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else ""

@@ -13,7 +13,7 @@ LEVELS = [
     | {"device_memory", "overrides", "run_log", "trackers"},
     {"batch_size", "identity", "openai", "status", "texts", "watch"},
     {"llm"},
-    {"report", "result_rows", "rows", "server"},
+    {"report", "result_rows", "rows", "server", "benchmarking"},
     {"job"},
     {"jobs"},
     {"cli", "arguments", "composition", "config_errors", "help"},

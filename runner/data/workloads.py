@@ -1,7 +1,7 @@
 """What the benchmark runs: prompts in token ids, and how many tokens to sample or score."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.data.readers import Dataset
@@ -40,6 +40,18 @@ class Workload:
     def num_rows(self) -> int:
         """Completions, or texts scored."""
         return self.n * len(self.prompts)
+
+    def part(self, most_rows: int) -> "Workload":
+        """At most so many rows: prompts spread evenly over the lengths of what they complete."""
+        rank = sorted(range(len(self.prompts)), key=lambda i: (self.max_tokens[i], i))
+        count = min(most_rows, len(rank))
+        kept = sorted(rank[(2 * i + 1) * len(rank) // (2 * count)] for i in range(count))
+        return replace(
+            self,
+            prompts=[self.prompts[i] for i in kept],
+            n=min(self.n, most_rows // count),
+            max_tokens=[self.max_tokens[i] for i in kept],
+        )
 
 
 def group(tokenizer: Any) -> Workload:

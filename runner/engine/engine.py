@@ -110,6 +110,11 @@ class Engine:
         waiting = len(self._scheduler) or self._prefill or self._ready or self._scored
         return bool(waiting or self._batch.sequences)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys, values and states now: the row slots, and the prompts that are kept."""
+        return self._runner.cache_bytes
+
     def add(self, request: Request) -> None:
         """Takes a request.
 

@@ -264,6 +264,11 @@ class ModelRunner:
         for layer, cache in zip(self.caches.layers, prompt.caches, strict=True):
             layer.write_prefix(rows, cache.past(prompt.row, prompt.num_cached))
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the row slots, and of the prompts that are kept."""
+        return self.caches.nbytes + self._prefix_cache.nbytes
+
     def decode(self, token_ids: mx.array, positions: Sequence[int]) -> mx.array:
         """Forwards one token per row, (B,), written at `positions`; logits (B, V)."""
         self.caches.begin_step(positions)

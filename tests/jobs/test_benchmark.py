@@ -1,102 +1,131 @@
-"""`runner benchmark`: both sides do the same work, and the file says how fast."""
+"""`runner benchmark`: what it writes, prints and refuses."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from command_line import refused, succeed
+from command_line import ROOT, refused, succeed
+from omegaconf import OmegaConf
 
-from runner import LLM
-from runner.data.workloads import WORKLOADS, Workload
+from runner.errors import ParameterError
+from runner.jobs.benchmark import benchmark
 
-
-@pytest.fixture
-def place(tmp_path: Path, tiny_directory: Path) -> Path:
-    (tmp_path / "tiny").symlink_to(tiny_directory)
-    return tmp_path
+BASELINES = sorted((ROOT / "tests" / "benchmarks").glob("*.json"))
 
 
-def test_decode_is_measured_in_turns_and_written_down(place):
-    arguments = [
-        "benchmark", "model.path=tiny", "job.workloads=[decode]", "job.rounds=2", "output.dir=out",
-    ]  # fmt: skip
-    printed = succeed(*arguments, cwd=place)
-    assert "decode" in printed and "forward loop" in printed
-    assert max(map(len, printed.splitlines())) <= 80
-    written = json.loads((place / "out" / "benchmark.json").read_text())
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_directory: Path) -> Path:
+    place = tmp_path_factory.mktemp("benchmark")
+    (place / "tiny").symlink_to(tiny_directory)
+    return place
+
+
+ARGUMENTS = (
+    "benchmark", "model.path=tiny", "job.workloads=[decode]", "job.rounds=2", "output.dir=out",
+    "job.compare=[mlx_lm,stock]", "job.stock_rows=3", f"job.baseline={BASELINES[0]}",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def printed(place: Path) -> str:
+    return succeed(*ARGUMENTS, cwd=place)
+
+
+@pytest.fixture(scope="module")
+def written(place: Path, printed: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((place / "out" / "benchmark.json").read_text())
+    return result
+
+
+def test_decode_is_measured_beside_two_loops_and_stock(written, printed):
     (row,) = written["workloads"]
-    assert row["useful_tokens"] == 32 * 64 and written["versions"]["mlx-lm"]
-    ours, theirs = (row["sides"][name] for name in ("runner", "forward loop"))
-    assert len(ours["seconds"]) == len(theirs["seconds"]) == 2
-    ratios = [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
-    assert row["ratio"]["min"] == pytest.approx(min(ratios))
-    assert row["ratio"]["max"] == pytest.approx(max(ratios))
-    assert ours["tokens_per_second"] == pytest.approx(2048 / (sum(ours["seconds"]) / 2), rel=0.5)
-    assert "there already" in refused(*arguments, cwd=place)
+    assert (row["rows"], row["useful_tokens"]) == (32, 32 * 64)
+    ours, peers = row["runner"], row["peers"]
+    kinds = ["mlx_lm", "mlx_lm", "stock"] if written["device"] == "cpu" else ["mlx_lm", "stock"]
+    assert [peer["kind"] for peer in peers] == kinds
+    assert (peers[-1]["rows"], peers[-1]["useful_tokens"]) == (3, 3 * 64)
+    for side in (ours, *peers):
+        speeds = [side["useful_tokens"] / seconds for seconds in side["seconds"]]
+        assert side["tokens_per_second"]["rounds"] == pytest.approx(speeds) and len(speeds) == 2
+        assert side["rows_per_hour"]["max"] == pytest.approx(3600 / 64 * max(speeds))
+        assert side["peak_bytes"] > written["weights_bytes"]
+        assert side["name"] in printed
+    for peer in peers:
+        pairs = zip(*(s["tokens_per_second"]["rounds"] for s in (ours, peer)), strict=True)
+        assert peer["ratio"]["rounds"] == pytest.approx([one / two for one, two in pairs])
 
 
-def test_mistakes_are_named(place):
-    line = refused("benchmark", "model.path=tiny", "job.workloads=[decod]", cwd=place)
-    assert "decod" in line and "group, mixed, decode, score" in line
-    assert "rounds=0" in refused("benchmark", "model.path=tiny", "job.rounds=0", cwd=place)
+def test_the_table_fits_a_screen(printed):
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "did 3 of 32 rows of decode" in printed
+    assert "baseline" in printed or "slower" in printed
 
 
-@pytest.mark.parametrize("name", ["run_engine", "run_mlx_lm", "run_forward_loop"])
-def test_every_side_gives_exactly_the_tokens_that_are_counted(tiny_directory, name):
-    """Each runner asserts it; here on prompts of one length, which the bare loop needs."""
-    from importlib import import_module
-
-    run = getattr(import_module("runner.jobs.benchmark"), name)
-    workload = Workload("decode", [[5, 6, 7], [8, 9, 10]], 2, [6, 6], 1.0)
-    run(LLM(tiny_directory, max_batch_size=2), workload)
-
-
-@pytest.mark.parametrize("name", ["run_engine", "run_log_softmax"])
-def test_both_sides_score_exactly_the_tokens_that_are_counted(tiny_directory, name):
-    """Texts of several lengths and more of them than fit one batch."""
-    from importlib import import_module
-
-    run = getattr(import_module("runner.jobs.benchmark"), name)
-    texts = [[5, 6, 7, 8][: 1 + i % 4] * 3 for i in range(11)]
-    workload = Workload("score", texts, 1, [0] * len(texts), 1.0)
-    assert workload.is_scored and workload.num_tokens == sum(map(len, texts)) - 11
-    run(LLM(tiny_directory, max_batch_size=2), workload)
+def test_the_circumstances_are_written_down(written, place):
+    assert written["engine"]["max_batch_size"] == 32 and written["engine"]["kv_bits"] is None
+    assert written["versions"]["mlx-lm"] and written["blas"] and written["unequal"] == []
+    assert written["command"].startswith("runner benchmark ")
+    assert "job.rounds=2" in written["command"] and "out" not in written["command"]
+    assert {it.name for it in (place / "out").glob("benchmark.*")} == {
+        "benchmark.json", "benchmark.png", "benchmark.svg",
+    }  # fmt: skip
 
 
-def test_the_loop_beside_the_engine_gives_the_same_losses(tiny_directory, monkeypatch):
-    """The two sides of `score` compute the same numbers."""
-    from importlib import import_module
-
-    benchmark = import_module("runner.jobs.benchmark")
-    llm, texts = LLM(tiny_directory), [[5, 60, 7, 8, 40], [9, 5, 80, 33, 21]]
-    losses = []
-    evaluate = benchmark.mx.eval
-
-    def watched(*arrays):
-        evaluate(*arrays)
-        if len(arrays) == 1:  # Inside a forward, several are evaluated at once.
-            losses.append(np.array(arrays[0]))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(benchmark.mx, "eval", watched)
-        benchmark.run_log_softmax(llm, Workload("score", texts, 1, [0, 0], 1.0))
-    scores = llm.score(texts, use_tqdm=False)
-    np.testing.assert_allclose(-losses[0], [s.logprobs[1:] for s in scores], atol=1e-4)
+def test_what_is_not_equal_is_said(place):
+    printed = succeed(
+        "benchmark", "model.path=tiny", "job.workloads=[decode]", "job.rounds=1", "output.dir=kv",
+        "engine.max_kv_size=48", "job.picture=false", cwd=place,
+    )  # fmt: skip
+    assert "* not equal: only this engine runs with engine.max_kv_size=48" in printed
+    written = json.loads((place / "kv" / "benchmark.json").read_text())
+    assert written["unequal"] == ["engine.max_kv_size=48"]
+    assert written["engine"]["max_kv_size"] == 48
+    assert not list((place / "kv").glob("*.png"))
 
 
-@pytest.mark.real_model
-@pytest.mark.parametrize("name", WORKLOADS)
-def test_workloads_are_fixed_and_of_the_size_they_say(smollm2, name):
-    one, two = (WORKLOADS[name](smollm2.tokenizer) for _ in range(2))
-    assert one == two and one.name == name
-    assert one.is_scored == (name == "score")
-    if name == "score":
-        assert one.num_tokens == sum(map(len, one.prompts)) - 48 and max(one.max_tokens) == 0
-    else:
-        assert one.num_tokens == one.n * sum(one.max_tokens)
-    assert len(one.max_tokens) == len(one.prompts)
-    if name == "group":
-        assert all(550 <= len(prompt) <= 600 for prompt in one.prompts)
-    if name == "mixed":
-        assert max(one.max_tokens) > 4 * sorted(one.max_tokens)[24], "the tail is long"
+def shape(value: Any) -> Any:
+    """The keys and the kinds of values, whatever the figures and however many."""
+    if isinstance(value, dict):
+        return {key: shape(it) for key, it in value.items() if key != "engine"}
+    if isinstance(value, list):
+        return [shape(it) for it in value[:1]]
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baseline_is_what_the_job_writes(path, written):
+    baseline = json.loads(path.read_text())
+    assert shape(baseline) == shape(written)
+    assert (
+        path.stem == re.sub(r"\W+", "-", f"{baseline['machine']} {baseline['cores']} cores").lower()
+    )
+    assert baseline["command"].startswith("runner benchmark")
+    assert not re.search(r"(^|[\s=\"])[~/]\w", path.read_text()), "a path"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"workloads": ["decod"]}, "decod is not there: group, mixed, decode, score"),
+        ({"compare": "pip"}, "pip is not there: mlx_lm, stock, batch_invariant"),
+        ({"compare": []}, r"job.compare=\[\]"),
+        ({"rounds": 0}, "job.rounds=0"),
+        ({"stock_rows": 0}, "job.stock_rows=0"),
+        ({"baseline": "none.json"}, "job.baseline=none.json"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded(options, said):
+    given = {
+        "workloads": ["decode"], "rounds": 1, "compare": "stock", "stock_rows": 1,
+        "baseline": None, "picture": False,
+    }  # fmt: skip
+    with pytest.raises(ParameterError, match=said):
+        benchmark(OmegaConf.create({}), **(given | options))
+
+
+def test_results_are_not_replaced_and_a_context_is_large_enough(place, printed):
+    assert "there already" in refused(*ARGUMENTS, cwd=place)
+    needs = refused("benchmark", "model.path=tiny", "job.workloads=[group]", cwd=place)
+    assert "job.workloads=group" in needs and "the model has 256" in needs

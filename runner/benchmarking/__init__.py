@@ -1,0 +1,1 @@
+"""What `runner benchmark` times, beside what, and how it says so."""
