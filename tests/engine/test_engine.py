@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
-from tiny import EOS, VOCAB_SIZE, assert_same, make_engine, request, run, tiny_model
+from tiny import EOS, VOCAB_SIZE, assert_same, make_engine, naive_sample, request, run, tiny_model
 
 from runner.errors import ParameterError, PromptError
 
@@ -152,3 +154,22 @@ def test_a_model_that_gives_nan_ends_the_row_as_an_error_and_spares_the_next():
     assert done["bad", 0].error.type == "ModelOutputError" and done["good", 0].error is None
     clean = run(make_engine(poisoned, max_batch_size=1), [request([5, 6, 7], "good")])
     assert_same(done["good", 0], clean["good", 0])
+
+
+def test_the_shortest_and_the_longest_beside_each_other():
+    """Each as it would be alone: one token of prompt or of completion, an end at once, no room."""
+    edges = {
+        "one token of prompt": request([5], "one token of prompt"),
+        "one token": request([5, 6, 7], "one token", max_tokens=1),
+        "ends at once": request([9, 8], "ends at once", logit_bias={EOS: 100.0}),
+        "one of one": request([11], "one of one", max_tokens=1, logit_bias={EOS: 100.0}),
+        "fills the context": request([7] * 39, "fills the context", max_tokens=None),
+    }
+    done = run(make_engine(MODEL, max_model_len=40, prefill_step_size=16), edges.values())
+    for name, one in edges.items():
+        limit = 1 if name == "fills the context" else one.params.max_tokens
+        alone = naive_sample(MODEL, replace(one, params=replace(one.params, max_tokens=limit)), 0)
+        assert_same(done[name, 0], alone)
+    assert done["ends at once", 0].token_ids == [EOS]
+    assert done["one of one", 0].finish_reason == "stop"
+    assert done["fills the context", 0].finish_reason == "length"
