@@ -35,7 +35,9 @@ class StubLLM:
 
     def __init__(self, path: str, **options: Any) -> None:
         blas = SimpleNamespace(name="none", warning=None)
-        self.engine = SimpleNamespace(stats=EngineStats())
+        memory = SimpleNamespace(num_bytes=0)
+        self.engine = SimpleNamespace(stats=EngineStats(), max_batch_size=64, memory=memory)
+        self.batch_size_choice = None
         self.loaded = LoadedModel(
             model=None, tokenizer=None, name="stub", path=path, dtype="float32",
             max_model_len=256, blas=blas, device="cpu",

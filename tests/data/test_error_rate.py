@@ -34,8 +34,9 @@ def test_the_default_lets_one_of_a_hundred_fail():
     assert stops_after(1.0, [True] * 500) is None
 
 
-def test_it_says_what_went_wrong_most_first_and_what_to_do():
-    errors = ErrorRate(0.0)
+@pytest.mark.parametrize("can_retry", [True, False])
+def test_it_says_what_went_wrong_most_first_and_what_to_do(can_retry):
+    errors = ErrorRate(0.0, can_retry=can_retry)
     with pytest.raises(StoppedError) as stopped:
         for number in range(100):
             kind = "RewardError" if number % 4 == 0 else "PromptError"
@@ -43,7 +44,7 @@ def test_it_says_what_went_wrong_most_first_and_what_to_do():
     message = str(stopped.value)
     assert "100 of 100 rows failed" in message and "output.max_error_rate=0.0" in message
     assert "(75 x PromptError: bad; 25 x RewardError: bad)" in message
-    assert "output.retry_errors=true" in message and "\n" not in message
+    assert ("output.retry_errors=true" in message) == can_retry and "\n" not in message
 
 
 def test_messages_that_all_differ_take_no_more_memory():

@@ -273,6 +273,8 @@ def test_an_interrupted_run_commits_and_goes_on_where_it_was(place, number):
     command = [
         "generate", "model.path=tiny", "data.path=many.jsonl", "output.dir=out",
         "sampling.max_tokens=60", "sampling.ignore_eos=true", "engine.max_batch_size=4",
+        # Of 24,000 draws, one may else lie on an edge that rounding in another batch moves.
+        "engine.batch_invariant=true",
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "runner", *command],
