@@ -11,8 +11,9 @@ LEVELS = [
     {"types", "errors", "config"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"},
     {"llm"},
-    {"report", "rows", "server"},
-    {"job"},
+    {"report", "rows", "server", "perplexity"},
+    {"job", "documents"},
+    {"scoring_run"},
     {"jobs"},
     {"cli", "arguments", "composition", "config_errors", "help"},
 ]
