@@ -75,8 +75,8 @@ def _score_lines(numbers: dict[str, Any]) -> dict[str, str]:
         if found["bits_per_byte"] is not None:
             lines["per byte"] += f", {_shown(found['bits_per_byte'])} bits"
     if found := numbers.get("accuracy"):
-        raw, token, byte = (found[key]["mean"] for key in ("raw", "per_token", "per_byte"))
-        lines["accuracy"] = f"{raw:.3f}, {token:.3f} per token, {byte:.3f} per byte"
+        shares = [f"{it['mean']:.3f} {name.replace('_', ' ')}" for name, it in found.items()]
+        lines["accuracy"] = ", ".join(shares)
     return lines
 
 

@@ -12,7 +12,7 @@ LEVELS = [
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"},
     {"llm"},
     {"report", "rows", "server", "perplexity"},
-    {"job", "documents"},
+    {"job", "documents", "choices"},
     {"scoring_run"},
     {"jobs"},
     {"cli", "arguments", "composition", "config_errors", "help"},
