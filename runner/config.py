@@ -112,8 +112,8 @@ class DataConfig:
     _target_: str = "runner.data.Dataset"
     _convert_: str = "all"
     path: str = MISSING
-    """A .parquet, .jsonl, .jsonl.gz or .arrow file, a directory or glob of them, a Hugging Face
-    dataset id, or `pkg://package/file.jsonl`."""
+    """A .parquet, .jsonl, .jsonl.gz, .arrow or .txt file, a directory or glob of them, a Hugging
+    Face dataset id, or `pkg://package/file.jsonl`."""
     name: str | None = None
     """Configuration of a Hugging Face dataset."""
     split: str | None = None
@@ -121,7 +121,7 @@ class DataConfig:
     id_column: str | None = None
     """Column with a name for each row; null names a row by its prompt's digest."""
     prompt_column: str | None = None
-    """Column with the prompt's text."""
+    """Column with the prompt's text, or with the text that is scored."""
     messages_column: str | None = None
     """Column with chat messages, a list of {role, content}."""
     token_ids_column: str | None = None
@@ -140,6 +140,8 @@ class DataConfig:
     """Rows to skip first."""
     shuffle_seed: int | None = None
     """Shuffles the rows with this seed, before offset and limit."""
+    text_lines: bool = False
+    """Makes each line of a .txt file a row, blank ones left out; else a file is one."""
 
 
 @dataclass

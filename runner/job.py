@@ -2,25 +2,35 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from runner.data import Dataset, ResultWriter, WriteBehind, read_ahead
 from runner.data.durable import replace_file, stopping
 from runner.data.merge import Merged, merge
-from runner.data.schemas import passthrough_names, result_schema
+from runner.data.schemas import RESULT_FIELDS, passthrough_names, result_schema
+from runner.data.summary import Totals
 from runner.errors import ParameterError, StoppedError
 from runner.identity import identity
 from runner.interrupt import Interrupt
 from runner.llm import LLM
 from runner.report import print_report, summary
 from runner.result_rows import result_rows
-from runner.rows import NamedRow, Row, RowNamer, are_done, check_ids, prompt_builder
+from runner.rows import (
+    NamedRow,
+    Row,
+    RowNamer,
+    are_done,
+    check_ids,
+    corpus_digest,
+    prompt_builder,
+)
 from runner.run_log import public_options
 from runner.types import ErrorInfo, PromptRequest, RequestOutput, SamplingParams
 from runner.watch import State, Watch
@@ -36,20 +46,34 @@ class RunContext:
 
     Opening checks everything that can be checked before the model is loaded. Used as a context:
     leaving it commits what was written, whatever happened.
+
+    `fields` are the columns of its results before those of the input. With `is_corpus` the numbers
+    are about all rows together, so that a run goes on with the same rows only.
     """
 
-    def __init__(self, config: DictConfig) -> None:
+    def __init__(
+        self,
+        config: DictConfig,
+        *,
+        fields: Sequence[pa.Field] = RESULT_FIELDS,
+        is_corpus: bool = False,
+    ) -> None:
         self.config = config
         self.directory = Path(config.output.dir)
         self.params = _sampling_params(config)
         self.dataset: Dataset = instantiate(config.data)
         prompt_builder(self.dataset)  # Refuses options that no row could have a prompt with.
+        corpus = {"data.content": corpus_digest(self.dataset)} if is_corpus else {}
         self.writer: ResultWriter = instantiate(config.output)(
-            schema=result_schema(self.dataset.schema),
-            identity=identity(_plain(config), _DECIDING_GROUPS),
+            schema=result_schema(self.dataset.schema, fields),
+            identity=identity(_plain(config), _DECIDING_GROUPS) | corpus,
         )
         self._tracker = instantiate(config.tracker)
-        self._names = passthrough_names(self.dataset.columns)
+        self.on_loaded: Callable[[LLM], None] = lambda llm: None
+        """Called once the model is there, before anything is written."""
+        self.summarize: Callable[[Totals], Mapping[str, Any]] = lambda totals: {}
+        """What `summary.json` holds besides what every job's does."""
+        self._names = passthrough_names(self.dataset.columns, fields)
         self._in_flight: dict[str, Row] = {}
         self._interrupt = Interrupt()
         self._finished = False
@@ -80,6 +104,7 @@ class RunContext:
             options = _plain(self.config.model) | _plain(self.config.engine)
             self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
             self.llm.check(self.params)
+            self.on_loaded(self.llm)
             self._behind = WriteBehind(self.writer, committed=self._save_summary)
             self._behind.start()
             self._save(CONFIG_FILE, OmegaConf.to_yaml(self.config, resolve=True))
@@ -110,11 +135,32 @@ class RunContext:
     def outputs(self) -> Iterator[tuple[Row, RequestOutput]]:
         """Runs every row that has no result yet; yields each with its input as it finishes."""
         with closing(read_ahead(self._rows())) as rows:
-            requests = self._requests(rows)
-            for output in self.llm.run(requests, interrupted=self._interrupt.is_requested):
+            for output in self.run(self._requests(rows)):
                 self._watch.output(output)
                 yield self._in_flight.pop(output.request_id), output
+
+    def run(self, requests: Iterable[PromptRequest | RequestOutput]) -> Iterator[RequestOutput]:
+        """Runs requests of a job's own making, however many make a row."""
+        yield from self.llm.run(requests, interrupted=self._interrupt.is_requested)
         self._finished = not self._interrupt.is_requested()
+
+    def rows(self) -> Generator[NamedRow]:
+        """Every row of the input, read ahead; some may have results already."""
+        with closing(read_ahead(self._rows())) as rows:
+            yield from rows
+
+    def is_done(self, row: NamedRow) -> bool:
+        """Whether a row has its results on disk."""
+        return row.row_id in self.writer.done_rows
+
+    def write_scores(self, row: NamedRow, scores: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the result rows of one input row, which only has been scored."""
+        shared = {self._names[name]: value for name, value in row.row.items()}
+        shared |= {"row_id": row.row_id, "model": self.llm.loaded.name}
+        self._behind.write([{**shared, **score} for score in scores])
+        errors = [score["error"]["type"] for score in scores if score.get("error")]
+        num_tokens = sum(score.get("num_scored") or 0 for score in scores)
+        self._watch.row(num_tokens, error=errors[0] if errors else None)
 
     def write(
         self,
@@ -156,7 +202,7 @@ class RunContext:
         """Tells of a commit, in the thread that made it."""
         seconds = time.monotonic() - self._started
         numbers = summary(self.writer, self.llm, total=self.dataset.num_rows, seconds=seconds)
-        numbers |= {"state": state}
+        numbers |= {"state": state} | dict(self.summarize(self.writer.totals))
         self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
         reward = numbers["reward"]
         self._watch.committed(numbers["rows"], {"reward": reward["mean"]} if reward else None)

@@ -175,6 +175,20 @@ def encode_prompt(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]
     return text, token_ids
 
 
+def encode_text(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
+    """Like `encode_prompt`, but for text as such: no special tokens are added.
+
+    Raises `PromptError` where no token comes out.
+    """
+    assert prompt.messages is None, "messages are not a text as such"
+    if prompt.token_ids is not None:
+        return None, list(prompt.token_ids)
+    token_ids = list(tokenizer.encode(prompt.text, add_special_tokens=False))
+    if not token_ids:
+        raise PromptError("the text has no tokens")
+    return prompt.text, token_ids
+
+
 def _templated(prompt: Prompt, tokenizer: Any) -> str:
     options = {"add_generation_prompt": True, **prompt.chat_template_kwargs, "tokenize": False}
     try:

@@ -71,21 +71,49 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _score_lines(numbers: dict[str, Any]) -> dict[str, str]:
+    """What a job that scores prints of its own."""
+    lines: dict[str, str] = {}
+    if found := numbers.get("perplexity"):
+        spread = found["token_perplexity_stderr"]
+        lines["per token"] = _shown(found["token_perplexity"]) + (
+            f" ± {_shown(spread)} perplexity" if spread is not None else " perplexity"
+        )
+        for unit in ("word", "byte"):
+            if found[f"{unit}_perplexity"] is not None:
+                lines[f"per {unit}"] = f"{_shown(found[f'{unit}_perplexity'])} perplexity"
+        if found["bits_per_byte"] is not None:
+            lines["per byte"] += f", {_shown(found['bits_per_byte'])} bits"
+    if found := numbers.get("accuracy"):
+        shares = [f"{it['mean']:.3f} {name.replace('_', ' ')}" for name, it in found.items()]
+        lines["accuracy"] = ", ".join(shares)
+    return lines
+
+
+def _shown(number: float | None) -> str:
+    return "not finite" if number is None else f"{number:.4f}"
+
+
 def print_report(numbers: dict[str, Any], directory: Path) -> None:
     """Prints the table, at most 80 columns wide, and how to read the results."""
     run, reward = numbers["run"], numbers["reward"]
     errors = sum(numbers["errors"].values())
     reasons = ", ".join(f"{count} {name}" for name, count in numbers["finish_reasons"].items())
+    is_scored = not reasons
+    useful = run["scored_tokens"] if is_scored else run["completion_tokens"]
     lines = {
         "rows": f"{numbers['rows']} rows, {numbers['samples']} samples, {errors} errors",
         "finished": reasons,
-        "tokens": f"{run['completion_tokens']} in {run['seconds']:.1f} s: "
-        f"{run['tokens_per_second']:.0f} tokens/s, {run['rows_per_hour']:.0f} rows/hour",
+        "tokens": f"{useful} in {run['seconds']:.1f} s: "
+        f"{useful / run['seconds']:.0f} tokens/s, {run['rows_per_hour']:.0f} rows/hour",
         "model": f"{numbers['model']['name']}, {numbers['model']['dtype']}, {numbers['device']}",
         "BLAS": numbers["blas"],
         "memory": f"{run['peak_memory_bytes'] / 2**30:.2f} GiB at most",
     }
-    if run["scored_tokens"]:
+    if is_scored:
+        lines = {name: line for name, line in lines.items() if line} | _score_lines(numbers)
+        lines["rows"] = lines["rows"].replace("samples", "result rows")
+    elif run["scored_tokens"]:
         lines["scored"] = f"{run['scored_tokens']} tokens of the prompts"
     if run["batch_halvings"]:
         lines["batch"] = f"{run['max_batch_size']} rows in the end: memory ran out before"

@@ -110,6 +110,14 @@ def _listed(noun: str, numbers: list[int]) -> str:
     return f"{noun}{plural} {', '.join(map(str, numbers[:_SHOWN]))}{more}"
 
 
+def corpus_digest(rows: Iterable[Row]) -> str:
+    """Names rows by all they hold and their order."""
+    found = b""
+    for row in rows:
+        found = digest(found + _json(row).encode())
+    return found.hex()
+
+
 def prompt_builder(dataset: Dataset) -> PromptBuilder:
     """What makes the prompts of a dataset's rows."""
     return PromptBuilder(

@@ -21,6 +21,8 @@ CHOICES = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.y
 GIVEN = {
     "data=custom": ["data.path=rows.jsonl"],
     "job=openai_batch": ["data.path=batch.jsonl"],
+    "job=perplexity": ["data.path=rows.jsonl"],
+    "job=score": ["data.path=rows.jsonl"],
     "model=custom": ["model.path=model"],
     "reward=regex": ["reward.pattern=x"],
     "reward=custom": ["reward._target_=builtins.len"],

@@ -13,8 +13,9 @@ LEVELS = [
     | {"device_memory", "overrides", "run_log", "trackers"},
     {"batch_size", "identity", "openai", "status", "texts", "watch"},
     {"llm"},
-    {"report", "result_rows", "rows", "server", "benchmarking"},
-    {"job"},
+    {"report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
+    {"job", "documents", "choices"},
+    {"scoring_run"},
     {"jobs"},
     {"cli", "arguments", "composition", "config_errors", "help"},
 ]

@@ -10,6 +10,7 @@ from runner.data.formats import ArrowRows, ParquetRows, RowFile
 from runner.data.jsonl import JsonlRows
 from runner.data.manifest import MANIFEST_FILE
 from runner.data.sources import FileSource, Source
+from runner.data.text_files import TEXT_SUFFIX, TextRows
 from runner.errors import DataError, ParameterError
 
 PACKAGE_SCHEME = "pkg://"
@@ -20,13 +21,17 @@ _OPENERS: dict[str, Callable[[Path], RowFile]] = {
     ".jsonl.gz": JsonlRows,
     ".arrow": ArrowRows,
 }
-_SUFFIXES = ", ".join(_OPENERS)
+_SUFFIXES = ", ".join([*_OPENERS, TEXT_SUFFIX])
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]+$")
 
 
-def open_rows(path: Path) -> RowFile:
+def open_rows(path: Path, *, text_lines: bool = False) -> RowFile:
     """Opens a file by its suffix; raises `DataError` for one that is not known."""
+    if path.suffix == TEXT_SUFFIX:
+        return TextRows(path, are_lines=text_lines)
+    if text_lines:
+        raise ParameterError(f"text_lines=True is for {TEXT_SUFFIX} files, and {path} is none")
     for suffix, opener in _OPENERS.items():
         if path.name.endswith(suffix):
             return opener(path)
@@ -38,14 +43,18 @@ def _is_rows_file(path: Path) -> bool:
     return is_rows and not path.name.startswith(".")
 
 
-def open_source(path: str, *, name: str | None, split: str | None) -> Source:
+def open_source(
+    path: str, *, name: str | None, split: str | None, text_lines: bool = False
+) -> Source:
     """Opens what `path` names; raises `DataError` where there is nothing to read."""
     files = package_files(path) if path.startswith(PACKAGE_SCHEME) else local_files(path)
     if files is not None:
         for option, value in (("name", name), ("split", split)):
             if value is not None:
                 raise ParameterError(f"{option}={value!r} is for Hugging Face ids, {path} is local")
-        return FileSource([open_rows(file) for file in files])
+        return FileSource([open_rows(file, text_lines=text_lines) for file in files])
+    if text_lines:
+        raise ParameterError(f"text_lines=True is for {TEXT_SUFFIX} files, and {path} is none")
     from runner.data.hub import HubSource
 
     return HubSource(path, name=name, split=split or "train")
@@ -76,7 +85,9 @@ def local_files(path: str) -> list[Path] | None:
     if where.is_file():
         return [where]
     if where.is_dir():
-        found = sorted(filter(_is_rows_file, where.iterdir()))
+        # Text beside rows is about them: a README, a licence.
+        texts = [file for file in where.iterdir() if file.suffix == TEXT_SUFFIX]
+        found = sorted(filter(_is_rows_file, where.iterdir())) or sorted(texts)
     else:
         matches = map(Path, glob.glob(str(where), recursive=True))
         found = sorted(file for file in matches if file.is_file())

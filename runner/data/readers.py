@@ -50,12 +50,13 @@ _COLUMN_TYPES: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
 class Dataset:
     """Rows as dicts, read lazily, and the options that say how a row becomes a prompt.
 
-    `path` is a .parquet, .jsonl, .jsonl.gz or .arrow file, a directory or glob of them,
+    `path` is a .parquet, .jsonl, .jsonl.gz, .arrow or .txt file, a directory or glob of them,
     `pkg://package/file`, or a Hugging Face id (`name` and `split` are for that alone). The same
-    rows give the same dicts in every format. Rows are shuffled first, then `offset` of them are
+    rows give the same dicts in every format; a .txt file is one row, or with `text_lines` each of
+    its lines. Rows are shuffled first, then `offset` of them are
     skipped and at most `limit` taken. Exactly one of `prompt_column`, `messages_column`,
-    `token_ids_column` and `prompt_template` makes the prompt; without any, a column `prompt` or
-    `messages` does, and the attribute of that name is set. A prompt column that holds messages
+    `token_ids_column` and `prompt_template` makes the prompt; without any, a column `prompt`,
+    `messages` or `text` does, and the attribute is set. A prompt column that holds messages
     becomes `messages_column`.
 
     Raises `DataError` for rows that cannot be read, `ParameterError` for options that cannot be.
@@ -78,6 +79,7 @@ class Dataset:
         limit: int | None = None,
         offset: int = 0,
         shuffle_seed: int | None = None,
+        text_lines: bool = False,
     ) -> None:
         self.path = path
         self.name = name
@@ -94,7 +96,7 @@ class Dataset:
         self.offset = offset
         self.shuffle_seed = shuffle_seed
         self._check_options()
-        self._source = open_source(path, name=name, split=split)
+        self._source = open_source(path, name=name, split=split, text_lines=text_lines)
         self.schema: pa.Schema = self._source.schema
         self._check_rows()
         self._choose_prompt()
@@ -152,9 +154,11 @@ class Dataset:
                 self.prompt_column = "prompt"
             elif "messages" in self.columns:
                 self.messages_column = "messages"
+            elif "text" in self.columns:
+                self.prompt_column = "text"
             else:
                 raise DataError(
-                    f"{self.path}: has no column prompt or messages; give one of "
+                    f"{self.path}: has no column prompt, messages or text; give one of "
                     f"{', '.join(_PROMPT_OPTIONS)} (columns: {', '.join(self.columns)})"
                 )
         column = self.prompt_column

@@ -1,6 +1,6 @@
 """Arrow schemas: how input columns are read, and what a result row looks like."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
@@ -42,24 +42,26 @@ RESULT_FIELDS: tuple[pa.Field, ...] = (
 RESULT_COLUMNS = frozenset(field.name for field in RESULT_FIELDS)
 
 
-def passthrough_names(columns: Iterable[str]) -> dict[str, str]:
-    """Maps input columns to result columns: one that is taken becomes `input_<name>`."""
-    columns = list(columns)
-    taken = RESULT_COLUMNS.union(columns)
+def passthrough_names(
+    columns: Iterable[str], fields: Sequence[pa.Field] = RESULT_FIELDS
+) -> dict[str, str]:
+    """Maps input columns to result columns: one that `fields` has becomes `input_<name>`."""
+    columns, ours = list(columns), {field.name for field in fields}
+    taken = ours.union(columns)
     names = {}
     for column in columns:
         name = column
-        while name in RESULT_COLUMNS or (name != column and name in taken):
+        while name in ours or (name != column and name in taken):
             name = f"input_{name}"
         names[column] = name
         taken |= {name}
     return names
 
 
-def result_schema(passthrough: pa.Schema) -> pa.Schema:
+def result_schema(passthrough: pa.Schema, fields: Sequence[pa.Field] = RESULT_FIELDS) -> pa.Schema:
     """Returns the schema of the results of rows with the schema `passthrough`."""
-    names = passthrough_names(passthrough.names)
-    return pa.schema([*RESULT_FIELDS, *(pa.field(names[f.name], f.type) for f in passthrough)])
+    names = passthrough_names(passthrough.names, fields)
+    return pa.schema([*fields, *(pa.field(names[f.name], f.type) for f in passthrough)])
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:

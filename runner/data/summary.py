@@ -3,12 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from runner.data.score_schemas import SUMMED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,10 @@ class Moments:
 
     @classmethod
     def of(cls, column: pa.ChunkedArray) -> "Moments":
-        """Those of a column's numbers, nulls left out."""
-        values = column.drop_null().to_numpy()
+        """Those of a column's numbers, or of those in its lists; nulls left out."""
+        if pa.types.is_list(column.type):
+            column = pc.list_flatten(column)
+        values = column.drop_null().cast(pa.float64()).to_numpy()
         if not len(values):
             return cls()
         mean = float(values.mean())
@@ -52,6 +56,18 @@ class Moments:
             most=max(self.most, other.most),
         )
 
+    @property
+    def total(self) -> float:
+        """Sum of the numbers."""
+        return self.mean * self.count
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the mean, for numbers that are independent; None of fewer than two."""
+        if self.count < 2:
+            return None
+        return math.sqrt(self.squares / (self.count - 1) / self.count)
+
     def report(self) -> dict[str, float | None] | None:
         """Mean, population standard deviation, least and most; None without numbers."""
         if not self.count:
@@ -62,7 +78,7 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Counts of rows, samples, tokens, errors and finish reasons, and the reward's moments."""
+    """Counts of rows, samples, tokens, errors and finish reasons, and moments of some columns."""
 
     rows: int = 0
     """Input rows."""
@@ -71,18 +87,27 @@ class Totals:
     finish_reasons: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
     reward: Moments = field(default_factory=Moments)
+    columns: dict[str, Moments] = field(default_factory=dict)
+    """Of the columns whose field says that it is summed."""
 
     @classmethod
     def of(cls, table: pa.Table) -> "Totals":
         """Those of result rows; the samples of an input row follow one another."""
         errors = table["error"].drop_null().to_pylist()
-        return cls(
+        summed = [field.name for field in table.schema if SUMMED in (field.metadata or {})]
+        counted = cls(
             rows=num_groups(table),
             samples=table.num_rows,
-            completion_tokens=pc.sum(pc.list_value_length(table["completion_token_ids"])).as_py()
-            or 0,
-            finish_reasons=Counter(table["finish_reason"].drop_null().to_pylist()),
             errors=Counter(error["type"] for error in errors),
+            columns={name: Moments.of(table[name]) for name in summed},
+        )
+        if "completion_token_ids" not in table.schema.names:
+            return counted
+        lengths = pc.list_value_length(table["completion_token_ids"])
+        return replace(
+            counted,
+            completion_tokens=pc.sum(lengths).as_py() or 0,
+            finish_reasons=Counter(table["finish_reason"].drop_null().to_pylist()),
             reward=Moments.of(table["reward"]),
         )
 
@@ -92,12 +117,14 @@ class Totals:
         plain = dict(content)
         reasons, errors = Counter(plain.pop("finish_reasons")), Counter(plain.pop("errors"))
         reward = Moments(**plain.pop("reward"))
-        return cls(finish_reasons=reasons, errors=errors, reward=reward, **plain)
+        columns = {name: Moments(**it) for name, it in plain.pop("columns", {}).items()}
+        return cls(finish_reasons=reasons, errors=errors, reward=reward, columns=columns, **plain)
 
     def as_json(self) -> dict[str, Any]:
         """Everything that adding needs."""
         counters = {"finish_reasons": dict(self.finish_reasons), "errors": dict(self.errors)}
-        return vars(self) | counters | {"reward": asdict(self.reward)}
+        columns = {name: asdict(moments) for name, moments in self.columns.items()}
+        return vars(self) | counters | {"reward": asdict(self.reward), "columns": columns}
 
     def __add__(self, other: "Totals") -> "Totals":
         return Totals(
@@ -107,6 +134,10 @@ class Totals:
             finish_reasons=self.finish_reasons + other.finish_reasons,
             errors=self.errors + other.errors,
             reward=self.reward + other.reward,
+            columns={
+                name: self.columns.get(name, Moments()) + other.columns.get(name, Moments())
+                for name in {**self.columns, **other.columns}
+            },
         )
 
     def report(self) -> dict[str, Any]:

@@ -50,8 +50,7 @@ class Engine:
             model: maps (B, L) token ids and a list of caches to (B, L, V) logits.
             max_batch_size: rows decoded together.
             prefill_step_size: prompt tokens, pads included, forwarded at once.
-            prefix_cache_bytes: keys, values and states kept for prompts that begin like an earlier
-                one; 0 keeps none.
+            prefix_cache_bytes: kept of prompts for those that begin like them; 0 keeps none.
             max_model_len: tokens of prompt and completion together; None for no limit.
             kv_options: coarser or fewer keys and values; these change results.
             memory_budget: bytes for weights, caches and forwards together; None for no limit.
@@ -60,8 +59,7 @@ class Engine:
             decode: token ids -> text; needed for stop strings alone.
 
         Raises:
-            ModelError: a layer of the model keeps a kind of past that is not covered, or the model
-                is one of those that are wrong in a padded batch.
+            ModelError: the model cannot be run in a padded batch, as `layer_kinds` says.
             ParameterError: an option's value is not allowed, or the memory budget holds no row.
         """
         check_at_least(1, max_batch_size=max_batch_size, prefill_step_size=prefill_step_size)
@@ -179,8 +177,7 @@ class Engine:
         self._aborting.add(request_id)
         waiting = self._scheduler.remove(request_id)
         if waiting is not None:
-            prompt = ReadyPrompt(waiting, [], 0, indices=self._indices(waiting))
-            self._ready.append(prompt)
+            self._ready.append(ReadyPrompt(waiting, [], 0, indices=self._indices(waiting)))
 
     def step(self) -> list[Completion]:
         """Prefills a chunk, launches a decode of all rows, reads the decode before that.

@@ -96,7 +96,7 @@ def test_names_that_can_only_be_on_the_hub(path: str) -> None:
 
 
 def test_a_directory_without_rows(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.md").write_text("x")
     with pytest.raises(DataError, match="holds no file of .parquet"):
         local_files(str(tmp_path))
 

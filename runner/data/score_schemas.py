@@ -1,0 +1,52 @@
+"""What a result row of a job that scores looks like, and which of its columns are added up."""
+
+import pyarrow as pa
+
+SUMMED = b"summed"
+"""Key of the metadata of a field whose count, mean and spread `summary.Totals` keeps."""
+
+
+def _summed(name: str, kind: pa.DataType, **metadata: str) -> pa.Field:
+    return pa.field(name, kind, metadata={SUMMED.decode(): "true"} | metadata)
+
+
+_MODEL = "model: before temperature and truncation; null for a token that nothing precedes"
+
+_TOKENS = (
+    pa.field("token_ids", pa.list_(pa.int32())),
+    _summed("logprobs", pa.list_(pa.float32()), distribution=_MODEL),
+    pa.field("sum_logprob", pa.float64()),
+    pa.field("num_scored", pa.int64()),
+)
+
+_ROW = (pa.field("model", pa.string()), pa.field("error", pa.struct(
+    [("type", pa.string()), ("message", pa.string())]
+)))  # fmt: skip
+
+PERPLEXITY_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("row_id", pa.string()),
+    *_TOKENS,
+    _summed("num_tokens", pa.int64()),
+    _summed("num_words", pa.int64()),
+    _summed("num_bytes", pa.int64()),
+    *_ROW,
+)
+"""The columns of `runner perplexity`, a row per document; the input's own columns follow."""
+
+SCORE_FIELDS: tuple[pa.Field, ...] = (
+    pa.field("row_id", pa.string()),
+    pa.field("choice", pa.int32()),
+    pa.field("text", pa.string()),
+    *_TOKENS,
+    pa.field("is_greedy", pa.bool_()),
+    pa.field("logprob_per_token", pa.float64()),
+    pa.field("logprob_per_byte", pa.float64()),
+    pa.field("is_chosen", pa.bool_()),
+    pa.field("is_chosen_per_token", pa.bool_()),
+    pa.field("is_chosen_per_byte", pa.bool_()),
+    _summed("is_correct", pa.bool_()),
+    _summed("is_correct_per_token", pa.bool_()),
+    _summed("is_correct_per_byte", pa.bool_()),
+    *_ROW,
+)
+"""The columns of `runner score`, a row per continuation; the input's own columns follow."""
