@@ -310,10 +310,9 @@ class Engine:
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
+        coming = not self._ready and self._scheduler.wants_rows
         if self._prefill is not None:
             coming = any(request.needs_row for request in self._prefill.requests)
-        else:
-            coming = not self._ready and self._scheduler.wants_rows
         num_free = self._free_rows()(self._scheduler.next_num_columns)
         return coming and num_free > len(self._batch.sequences)
 
