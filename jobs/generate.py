@@ -5,9 +5,12 @@ from omegaconf import DictConfig
 from runner.job import RunContext
 
 
-def generate(config: DictConfig) -> None:
-    """Runs the job that `config` (a composed `runner.config.Config`) describes."""
-    context = RunContext(config)
+def generate(config: DictConfig, *, retry_errors: bool = False) -> None:
+    """Runs the job that `config` (a composed `runner.config.Config`) describes.
+
+    `retry_errors` does the rows with an error again.
+    """
+    context = RunContext(config, retry_errors=retry_errors)
     if context.complete:
         return
     with context:

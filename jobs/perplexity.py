@@ -27,15 +27,19 @@ def perplexity(
     prefix: str | None = None,
     window: int | None = None,
     stride: int | None = None,
+    retry_errors: bool = False,
 ) -> None:
     """Runs the job that `config` (a composed `runner.config.Config`) describes.
 
-    The options are those of `runner.perplexity.PerplexityOptions`.
+    The options are those of `runner.perplexity.PerplexityOptions`; `retry_errors` does the
+    documents with an error again.
     """
     options = PerplexityOptions(
         preset=preset, mode=mode, prefix=prefix, window=window, stride=stride
     )
-    context = RunContext(config, fields=PERPLEXITY_FIELDS, is_corpus=True)
+    context = RunContext(
+        config, fields=PERPLEXITY_FIELDS, is_corpus=True, retry_errors=retry_errors
+    )
     check_nothing_sampled(config, context.params)
     _check_texts(context.dataset)
     if context.complete:

@@ -18,12 +18,15 @@ from runner.types import Completion, ErrorInfo, RequestOutput
 Rewards = list[float | RewardError]
 
 
-def rollout(config: DictConfig, *, normalize_advantage: bool = True) -> None:
+def rollout(
+    config: DictConfig, *, normalize_advantage: bool = True, retry_errors: bool = False
+) -> None:
     """Runs the job that `config` (a composed `runner.config.Config`) describes.
 
-    `normalize_advantage` divides a group's advantages by the standard deviation of its rewards.
+    `normalize_advantage` divides a group's advantages by the standard deviation of its rewards,
+    `retry_errors` does the rows with an error again.
     """
-    context = RunContext(config)
+    context = RunContext(config, retry_errors=retry_errors)
     _check_reward(config, context)
     reward = instantiate(config.reward)
     if context.complete:

@@ -19,17 +19,19 @@ def score(
     completion_column: str | None = None,
     choices_column: str | None = None,
     answer_column: str | None = None,
+    retry_errors: bool = False,
 ) -> None:
     """Runs the job that `config` (a composed `runner.config.Config`) describes.
 
-    The options are those of `runner.choices.ScoreColumns`.
+    The options are those of `runner.choices.ScoreColumns`; `retry_errors` does the rows with
+    an error again.
     """
     columns = ScoreColumns(
         completion_column=completion_column,
         choices_column=choices_column,
         answer_column=answer_column,
     )
-    context = RunContext(config, fields=SCORE_FIELDS)
+    context = RunContext(config, fields=SCORE_FIELDS, retry_errors=retry_errors)
     check_nothing_sampled(config, context.params)
     columns.check(context.dataset)
     if context.complete:

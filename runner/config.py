@@ -160,8 +160,6 @@ class OutputConfig:
     """A finished row waits this long at most until it is on disk for good."""
     max_error_rate: float = 0.01
     """Stops the run where more of its rows than this fail, from the 100th on; 1 never stops it."""
-    retry_errors: bool = False
-    """Does the rows with an error again; each stays until its replacement is committed."""
     merge: bool = False
     """Merges the results of a finished job in the order of its input, as `runner merge` does."""
     merge_format: str = "arrow"

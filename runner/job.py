@@ -48,7 +48,8 @@ class RunContext:
     leaving it commits what was written, whatever happened.
 
     `fields` are the columns of its results before those of the input. With `is_corpus` the numbers
-    are about all rows together, so that a run goes on with the same rows only.
+    are about all rows together, so that a run goes on with the same rows only. `retry_errors`
+    does the rows with an error again; each stays until its replacement is committed.
     """
 
     def __init__(
@@ -57,7 +58,10 @@ class RunContext:
         *,
         fields: Sequence[pa.Field] = RESULT_FIELDS,
         is_corpus: bool = False,
+        retry_errors: bool = False,
     ) -> None:
+        if not isinstance(retry_errors, bool):
+            raise ParameterError(f"job.retry_errors={retry_errors!r} is not allowed: true or false")
         self.config = config
         self.directory = Path(config.output.dir)
         self.params = _sampling_params(config)
@@ -67,6 +71,7 @@ class RunContext:
         self.writer: ResultWriter = instantiate(config.output)(
             schema=result_schema(self.dataset.schema, fields),
             identity=identity(_plain(config), _DECIDING_GROUPS) | corpus,
+            retry_errors=retry_errors,
         )
         self._tracker = instantiate(config.tracker)
         self.on_loaded: Callable[[LLM], None] = lambda llm: None

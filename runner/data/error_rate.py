@@ -39,7 +39,7 @@ class ErrorRate:
 
     def _reason(self) -> str:
         most = "; ".join(f"{count} x {text}" for text, count in self._messages.most_common(3))
-        retry = ", output.retry_errors=true does the failed ones again" if self._can_retry else ""
+        retry = ", job.retry_errors=true does the failed ones again" if self._can_retry else ""
         return (
             f"{self.num_errors} of {self._num_rows} rows failed, more than "
             f"output.max_error_rate={self.max_error_rate} allows ({most}); the same command goes "

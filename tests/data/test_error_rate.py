@@ -44,7 +44,7 @@ def test_it_says_what_went_wrong_most_first_and_what_to_do(can_retry):
     message = str(stopped.value)
     assert "100 of 100 rows failed" in message and "output.max_error_rate=0.0" in message
     assert "(75 x PromptError: bad; 25 x RewardError: bad)" in message
-    assert ("output.retry_errors=true" in message) == can_retry and "\n" not in message
+    assert ("job.retry_errors=true" in message) == can_retry and "\n" not in message
 
 
 def test_messages_that_all_differ_take_no_more_memory():

@@ -251,9 +251,11 @@ def test_a_job_that_fails_wholesale_stops_and_its_errors_are_done_again(place):
     summary = json.loads((place / "out" / "summary.json").read_text())
     assert summary["complete"] and summary["errors"] == {"PromptError": 8}
     assert "holds all 150 results already" in generate(place)
-    printed = generate(place, "output.retry_errors=true")
+    printed = generate(place, "job.retry_errors=true")
     assert "150 rows, 150 samples, 8 errors" in printed, "they fail again, and are there once"
     assert results(place / "out")["row_id"].n_unique() == results(place / "out").height == 150
+    line = refused(*BASE, "output.dir=out", "job.retry_errors=maybe", cwd=place)
+    assert "job.retry_errors='maybe'" in line and "true or false" in line
 
 
 def test_the_input_may_change_between_runs_and_the_rest_may_not(place):
