@@ -180,7 +180,7 @@ def test_the_checkout_adds_its_conf_only_once(monkeypatch: pytest.MonkeyPatch) -
         ("sampling=gredy", "sampling=gredy: no such sampling; did you mean greedy? (choose from "
          "default, greedy, rollout, score)"),
         ("job=mein", "job=mein: no such job; did you mean mine? (choose from benchmark, ge"),
-        ("data=nope", "data=nope: no such data (choose from arithmetic, custom, human_eval, multip"),
+        ("data=nope", "data=nope: no such data (choose from arithmetic, custom, human_eval, mult"),
         ("model=smolm2", "model=smolm2: no such model; did you mean smollm2?"),
         ("reward=null", "reward=null: no such reward (choose from custom, exact_match, last_numb"),
         ("job.anser=1", "job.anser=1: no option job.anser; did you mean answer?"),
