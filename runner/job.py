@@ -49,7 +49,8 @@ class RunContext:
 
     `fields` are the columns of its results before those of the input. With `is_corpus` the numbers
     are about all rows together, so that a run goes on with the same rows only. `retry_errors`
-    does the rows with an error again; each stays until its replacement is committed.
+    does the rows with an error again; each stays until its replacement is committed. `total` is
+    how many rows there will be, where it is not one for each of the input.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class RunContext:
         fields: Sequence[pa.Field] = RESULT_FIELDS,
         is_corpus: bool = False,
         retry_errors: bool = False,
+        total: int | None = None,
     ) -> None:
         if not isinstance(retry_errors, bool):
             raise ParameterError(f"job.retry_errors={retry_errors!r} is not allowed: true or false")
@@ -83,6 +85,7 @@ class RunContext:
         self._interrupt = Interrupt()
         self._finished = False
         self._fingerprint = self.dataset.fingerprint
+        self._total = self.dataset.num_rows if total is None else total
 
     @property
     def complete(self) -> bool:
@@ -149,6 +152,19 @@ class RunContext:
         yield from self.llm.run(requests, interrupted=self._interrupt.is_requested)
         self._finished = not self._interrupt.is_requested()
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the run is to end after the current step."""
+        return self._interrupt.is_requested()
+
+    def count(self, output: RequestOutput) -> None:
+        """Shows a finished row to whoever watches; `outputs` does so by itself."""
+        self._watch.output(output)
+
+    def commit(self) -> None:
+        """Waits until all that was written is on disk for good."""
+        self._behind.commit()
+
     def rows(self) -> Generator[NamedRow]:
         """Every row of the input, read ahead; some may have results already."""
         with closing(read_ahead(self._rows())) as rows:
@@ -206,7 +222,7 @@ class RunContext:
     def _save_summary(self, state: State = "running") -> dict[str, Any]:
         """Tells of a commit, in the thread that made it."""
         seconds = time.monotonic() - self._started
-        numbers = summary(self.writer, self.llm, total=self.dataset.num_rows, seconds=seconds)
+        numbers = summary(self.writer, self.llm, total=self._total, seconds=seconds)
         numbers |= {"state": state} | dict(self.summarize(self.writer.totals))
         self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
         reward = numbers["reward"]
@@ -229,7 +245,7 @@ class RunContext:
         return Watch(
             self.directory,
             public_options(_plain(self.config)),
-            total=self.dataset.num_rows,
+            total=self._total,
             done=len(self.writer.done_rows),
             tracker=self._tracker,
             model={"name": loaded.name, "dtype": loaded.dtype, "blas": loaded.blas.name},

@@ -73,6 +73,7 @@ class WriteBehind:
         self._writer = writer
         self._committed = committed
         self._groups: queue.Queue[Sequence[Mapping[str, Any]] | None] = queue.Queue(depth)
+        self._wants_commit = threading.Event()
         self._failure: BaseException | None = None
         self._is_raised = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -86,6 +87,13 @@ class WriteBehind:
         """Takes the rows of one group."""
         self._raise()
         self._groups.put(rows)
+
+    def commit(self) -> None:
+        """Waits until everything that was taken is committed, also what is not due yet."""
+        self._wants_commit.set()
+        self._groups.put(())
+        self._groups.join()
+        self._raise()
 
     def close(self, *, complete: bool, input: Any = None) -> None:
         """Writes what was taken, ends the thread and closes the writer.
@@ -112,15 +120,23 @@ class WriteBehind:
                 is_due = None if self._failure else self._writer.seconds_left
                 rows = self._groups.get(timeout=is_due)
             except queue.Empty:
-                rows = ()
+                self._write(())
+                continue
             if rows is None:
                 return
-            before = self._writer.num_rows
-            try:
-                self._writer.write(rows)
-                self._writer.commit_if_due()
-                if self._writer.num_rows != before:
-                    self._committed()
-            # Whatever it is, the thread that started the run is to end it.
-            except BaseException as failure:
-                self._failure = self._failure or failure
+            self._write(rows)
+            self._groups.task_done()
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        before = self._writer.num_rows
+        try:
+            self._writer.write(rows)
+            if self._wants_commit.is_set() and self._groups.empty():
+                self._wants_commit.clear()
+                self._writer.commit()
+            self._writer.commit_if_due()
+            if self._writer.num_rows != before:
+                self._committed()
+        # Whatever it is, the thread that started the run is to end it.
+        except BaseException as failure:
+            self._failure = self._failure or failure
