@@ -1,4 +1,4 @@
-"""Trains a LoRA by reinforcement learning: rollouts, rewards, one update, the adapter swapped in."""
+"""Trains a LoRA by GRPO: rollouts, rewards, an update, and the adapter swapped in."""
 
 import json
 import time
@@ -15,12 +15,12 @@ from omegaconf import DictConfig
 
 from runner.data.schemas import RESULT_FIELDS
 from runner.errors import ParameterError, RewardError
-from runner.training.grpo import Experience, GRPOTrainer, LoraShape, Objective, UpdateStats
-from runner.training.checkpoint import METRICS_FILE, Checkpoints
-from runner.training.picture import draw
 from runner.job import RunContext
 from runner.rewards import RewardRunner, group_advantages
 from runner.rows import NamedRow
+from runner.training.checkpoint import METRICS_FILE, Checkpoints
+from runner.training.grpo import Experience, GRPOTrainer, LoraShape, Objective, UpdateStats
+from runner.training.picture import draw
 from runner.types import PromptRequest, RequestOutput, SamplingParams
 
 ADAPTER = "policy"

@@ -6,7 +6,6 @@ from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save
 
 from runner.data.durable import append_line, replace_file, stopping
@@ -41,15 +40,13 @@ class Checkpoints:
         file = self._directory / CHECKPOINT_FILE
         if not file.exists():
             return 0
-        with safe_open(file, framework="numpy") as opened:
-            step = int(opened.metadata()[_STEP])
-            arrays = {name: mx.array(opened.get_tensor(name)) for name in opened.keys()}
+        arrays, metadata = mx.load(str(file), return_metadata=True)
         parts = [
             {name.removeprefix(kind): it for name, it in arrays.items() if name.startswith(kind)}
             for kind in (_ADAPTER, _OPTIMIZER)
         ]
         self._trainer.restore(*parts)
-        return step
+        return int(metadata[_STEP])
 
     def save(self, step: int, metrics: dict[str, Any]) -> None:
         """Notes that `step` steps are done, and what the last of them measured.

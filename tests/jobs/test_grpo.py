@@ -1,4 +1,4 @@
-"""`runner grpo`: a loop that closes, on a tiny model; interrupted, it goes on as if it had not been."""
+"""`runner grpo`: a loop that closes, on a tiny model, and goes on after an interrupt."""
 
 import json
 from pathlib import Path
