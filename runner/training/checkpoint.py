@@ -40,7 +40,8 @@ class Checkpoints:
         file = self._directory / CHECKPOINT_FILE
         if not file.exists():
             return 0
-        arrays, metadata = mx.load(str(file), return_metadata=True)
+        loaded: Any = mx.load(str(file), return_metadata=True)
+        arrays, metadata = loaded
         parts = [
             {name.removeprefix(kind): it for name, it in arrays.items() if name.startswith(kind)}
             for kind in (_ADAPTER, _OPTIMIZER)
