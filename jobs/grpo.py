@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from runner.data.schemas import RESULT_FIELDS
 from runner.errors import ParameterError, RewardError
 from runner.job import RunContext
+from runner.llm import LLM
 from runner.rewards import RewardRunner, group_advantages
 from runner.rows import NamedRow
 from runner.training.checkpoint import METRICS_FILE, Checkpoints
@@ -72,7 +73,7 @@ def grpo(
         what = "pip install 'mlx-runner[plots]', or choose job.picture=false"
         raise ParameterError(f"job.picture=true needs matplotlib: {what}")
     context = RunContext(config, fields=_FIELDS, total=steps * prompts_per_step)
-    _check_sampling(context.params, kl_coefficient)
+    check_sampling(context.params, kl_coefficient=kl_coefficient)
     if config.reward is None:
         raise ParameterError("grpo needs a reward: reward=word_limit, or runner --help")
     reward = instantiate(config.reward)
@@ -83,23 +84,40 @@ def grpo(
         clip_epsilon=clip_epsilon,
         kl_coefficient=kl_coefficient,
     )
-    with context, RewardRunner(reward) as rewards:
-        trainer = GRPOTrainer(
-            context.llm.model,
-            shape,
-            objective,
-            learning_rate=learning_rate,
-            micro_batch_size=micro_batch_size,
-            seed=context.params.seed or 0,
+    rows = _prompts(context, prompts_per_step)
+    trainers: list[GRPOTrainer] = []
+
+    def make_trainer(llm: LLM) -> None:
+        trainers.append(
+            GRPOTrainer(
+                llm.model,
+                shape,
+                objective,
+                learning_rate=learning_rate,
+                micro_batch_size=micro_batch_size,
+                seed=context.params.seed or 0,
+            )
         )
-        loop = _Loop(context, rewards, trainer, schedule, normalize=normalize_advantage)
+
+    context.on_loaded = make_trainer
+    with context, RewardRunner(reward) as rewards:
+        loop = _Loop(context, rows, rewards, trainers[0], schedule, normalize=normalize_advantage)
         loop.run()
     if picture:
         draw({"": read_metrics(context.directory / METRICS_FILE)}, context.directory)
 
 
-def _check_sampling(params: SamplingParams, kl_coefficient: float) -> None:
-    """Refuses what would make the recorded logprobs others than those the trainer computes."""
+def _prompts(context: RunContext, prompts_per_step: int) -> list[NamedRow]:
+    """The rows that have a prompt; a step has each of them once at most, but between two rounds."""
+    rows = [row for row in context.rows() if row.prompt is not None]
+    if len(rows) < prompts_per_step:
+        given = f"job.prompts_per_step={prompts_per_step}"
+        raise ParameterError(f"{given} is not allowed: the input has {len(rows)} prompts")
+    return rows
+
+
+def check_sampling(params: SamplingParams, *, kl_coefficient: float) -> None:
+    """Raises ParameterError where the recorded logprobs are others than the trainer computes."""
     if params.n < 2:
         raise ParameterError(f"sampling.n={params.n} is not allowed: a group has at least 2")
     if params.temperature <= 0:
@@ -144,6 +162,7 @@ class _Loop:
     def __init__(
         self,
         context: RunContext,
+        rows: Sequence[NamedRow],
         rewards: RewardRunner,
         trainer: GRPOTrainer,
         schedule: Schedule,
@@ -152,10 +171,7 @@ class _Loop:
     ) -> None:
         self._context, self._rewards, self._trainer = context, rewards, trainer
         self._schedule, self._normalize = schedule, normalize
-        self._rows = [row for row in context.rows() if row.prompt is not None]
-        if len(self._rows) < schedule.prompts_per_step:
-            given = f"job.prompts_per_step={schedule.prompts_per_step}"
-            raise ParameterError(f"{given} is not allowed: the input has {len(self._rows)} prompts")
+        self._rows = rows
         self._checkpoints = Checkpoints(context.directory, trainer)
 
     def run(self) -> None:
@@ -189,13 +205,14 @@ class _Loop:
 
     def _sampled(self, step: int) -> list[_Group] | None:
         """The groups of a step, written; None where an interrupt came first."""
-        chosen = {f"{step}-{row.row_id}": row for row in self._chosen(step)}
+        # A prompt that ends one round through the input may begin the next in the same step.
+        chosen = {f"{step}.{i}-{row.row_id}": row for i, row in enumerate(self._chosen(step))}
         requests = [
             PromptRequest(
                 request_id=request_id,
                 prompt=row.prompt,
                 params=self._context.params,
-                key=f"step {step}/{row.key}",
+                key=f"{request_id.partition('-')[0]}/{row.key}",
                 adapter=ADAPTER,
             )
             for request_id, row in chosen.items()
@@ -261,7 +278,7 @@ def _metrics(groups: Sequence[_Group], stats: Sequence[UpdateStats]) -> dict[str
     return {
         "reward_mean": float(np.mean(rewards)) if rewards else None,
         "reward_stderr": float(np.std(rewards) / len(rewards) ** 0.5) if rewards else None,
-        "completion_tokens_mean": float(np.mean(lengths)),
+        "completion_tokens_mean": float(np.mean(lengths)) if lengths else None,
         "first_ratio_deviation": first.ratio_deviation if first else None,
         "updates": [asdict(it) for it in stats],
     }
