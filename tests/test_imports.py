@@ -8,10 +8,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
-    {"types", "errors", "config"},
+    {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "overrides", "run_log", "trackers"},
-    {"batch_size", "identity", "openai", "status", "texts", "training", "watch"},
+    {"batch_size", "identity", "openai", "prompt_requests", "status", "texts"}
+    | {"training", "watch"},
     {"llm"},
     {"report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
     {"job", "documents", "choices"},

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runner.engine.logits_processors import LogitsProcessors
+from runner.engine.lora import Adapter
 from runner.engine.sampler import Sampler, Samples, SamplingTable, uniforms
 from runner.engine.sequence import Draw, Sequence
 from runner.types import Logprob
@@ -45,7 +46,7 @@ class Batch:
     """A table of row slots; a slot is empty or holds one sequence."""
 
     def __init__(self, *, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self.rows: list[Sequence | None] = []
         self._token_ids = mx.zeros((0,), mx.int32)
         self._sampler = Sampler()
@@ -61,6 +62,13 @@ class Batch:
     def wants_forward(self) -> bool:
         """Whether any row has a token left to sample."""
         return any(sequence.wants_forward for sequence in self.sequences)
+
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """Slots, the columns that they need now, and the most that any of them comes to need."""
+        live = self.sequences
+        columns = max(sequence.position for sequence in live) + 1
+        return len(self.rows), columns, max(sequence.num_columns for sequence in live)
 
     def place(self, sequence: Sequence) -> None:
         """Puts a sequence into the first empty slot, or a new one."""
@@ -90,6 +98,11 @@ class Batch:
         """The column that each slot's next forward writes; 0 where nothing is wanted."""
         return [s.position if s is not None and s.wants_forward else 0 for s in self.rows]
 
+    def adapters(self) -> list[Adapter | None]:
+        """Each slot's adapter; an empty one has that of some row, so that it mixes no batch."""
+        some = next((sequence.adapter for sequence in self.sequences), None)
+        return [some if sequence is None else sequence.adapter for sequence in self.rows]
+
     def _sampled(self) -> mx.array:
         """The last sampled tokens, with a zero for each slot that has come since."""
         return mx.pad(self._token_ids, (0, len(self.rows) - self._token_ids.shape[0]))
@@ -107,9 +120,9 @@ class Batch:
         """Draws each row's next token from `logits`, (B, V), as its parameters say."""
         if self._table is None:
             params = [s.request.params if s is not None else None for s in self.rows]
-            self._table = self._sampler.table(params, self._vocab_size)
+            self._table = self._sampler.table(params, self.vocab_size)
             self._processors = LogitsProcessors.build(
-                self.rows, self._vocab_size, before=self._processors
+                self.rows, self.vocab_size, before=self._processors
             )
         return self._sampler.sample(logits, self._table, self._uniforms(), self._processors)
 

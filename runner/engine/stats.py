@@ -1,6 +1,14 @@
 """Counters of one engine, for summaries and progress bars."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from runner.types import Request
+
+
+def num_prompt_tokens(requests: Iterable[Request]) -> int:
+    """Tokens of the prompts of some requests."""
+    return sum(len(request.prompt_token_ids) for request in requests)
 
 
 @dataclass(slots=True)
