@@ -198,10 +198,16 @@ def test_as_a_user_runs_it_and_again(place, commands):
         ([*OPTIONS, "job.completion_column=answer"], "give one of them"),
         (["job.choices_column=choices", "job.answer_column=choices"], "not text or an integer"),
         (["sampling.top_k=5"], "sampling.top_k=5 is not allowed"),
+        (["sampling.echo=true"], "sampling.echo=True is not allowed"),
+        (["data.path=empty.jsonl"], "no rows"),
+        (["data.path=empty.txt"], "is empty"),
+        (["data.prompt_column=level"], "has the type int64, not text"),
         (["reward=last_number"], "reward is not allowed"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(place, commands, options, message):
+    for name in ("empty.jsonl", "empty.txt"):
+        (place / name).touch()
     base = ("score", "model.path=tiny", "data.path=rows.jsonl", "output.dir=out")
     assert message in commands.refused(*base, *options, cwd=place)
 
