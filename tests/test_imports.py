@@ -10,11 +10,11 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
-    | {"device_memory", "overrides", "run_log", "trackers"},
+    | {"device_memory", "overrides", "run_log", "text_offsets", "trackers"},
     {"batch_size", "identity", "openai", "prompt_requests", "status", "texts"}
     | {"training", "watch"},
     {"llm"},
-    {"report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
+    {"certificate", "report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
     {"job", "documents", "choices"},
     {"scoring_run"},
     {"jobs"},

@@ -89,17 +89,17 @@ class WriteBehind:
         self._groups.put(rows)
 
     def commit(self) -> None:
-        """Waits until everything that was taken is committed, also what is not due yet."""
+        """Waits until everything that was taken is committed, also what is not due yet.
+
+        A failure of the thread is raised once, here or by `write` or `close`.
+        """
         self._wants_commit.set()
         self._groups.put(())
         self._groups.join()
         self._raise()
 
     def close(self, *, complete: bool, input: Any = None) -> None:
-        """Writes what was taken, ends the thread and closes the writer.
-
-        A failure of the thread is raised once, here or by `write`.
-        """
+        """Writes what was taken, ends the thread and closes the writer."""
         if self._thread.is_alive():
             self._groups.put(None)
             self._thread.join()
