@@ -74,6 +74,9 @@ def grpo(
         raise ParameterError(f"job.picture=true needs matplotlib: {what}")
     context = RunContext(config, fields=_FIELDS, total=steps * prompts_per_step)
     check_sampling(context.params, kl_coefficient=kl_coefficient)
+    if context.lora.paths:
+        what = "grpo trains the one adapter there is, from nothing"
+        raise ParameterError(f"lora is not allowed: {what}; leave it out")
     if config.reward is None:
         raise ParameterError("grpo needs a reward: reward=word_limit, or runner --help")
     reward = instantiate(config.reward)
@@ -186,9 +189,9 @@ class _Loop:
             sampled = time.monotonic()
             stats = self._learn(groups)
             learned = time.monotonic()
-            version = self._swap()
+            digest = self._swap()
             metrics = _metrics(groups, stats) | {
-                "weight_version": version,
+                "adapter_digest": digest,
                 "rollout_seconds": sampled - started,
                 "update_seconds": learned - sampled,
                 "swap_seconds": time.monotonic() - learned,
@@ -196,12 +199,11 @@ class _Loop:
             self._context.commit()
             self._checkpoints.save(step + 1, {"step": step} | metrics)
 
-    def _swap(self) -> int:
-        """Hands the adapter to the engine, as arrays in memory; the version it serves from."""
-        shape = self._trainer.shape
-        return self._context.llm.load_adapter(
-            ADAPTER, arrays=self._trainer.arrays, scale=shape.scale
-        )
+    def _swap(self) -> str:
+        """Hands the adapter to the engine, as arrays in memory; the digest of its content."""
+        llm, trainer = self._context.llm, self._trainer
+        llm.load_adapter(ADAPTER, arrays=trainer.arrays, scale=trainer.shape.scale)
+        return llm.adapters[ADAPTER]
 
     def _sampled(self, step: int) -> list[_Group] | None:
         """The groups of a step, written; None where an interrupt came first."""

@@ -11,7 +11,7 @@ LEVELS = [
     {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "overrides", "run_log", "text_offsets", "trackers"},
-    {"batch_size", "identity", "openai", "prompt_requests", "status", "texts"}
+    {"batch_size", "identity", "lora_options", "openai", "prompt_requests", "status", "texts"}
     | {"training", "watch"},
     {"llm"},
     {"certificate", "report", "result_rows", "rows", "server", "benchmarking", "perplexity"},

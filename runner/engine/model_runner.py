@@ -95,8 +95,9 @@ class ReadyPrompt:
     """Where the prompt stands in its prefill."""
     scores: PromptScores | None = None
     adapter: Adapter | None = None
-    version: int = 0
-    """The weight version of those samples that start next."""
+    versions: list[int] = field(default_factory=list)
+    """The weight version that has read the prompt; and that of samples that start now, if it is
+    another."""
     indices: list[int] = field(default_factory=list)
     """The samples that have not started."""
 
@@ -107,7 +108,8 @@ class ReadyPrompt:
 
     def go_on_under(self, adapter: Adapter | None, version: int) -> None:
         """Lets other weights give the samples that have not started; what is prefilled stays."""
-        self.adapter, self.version = adapter, version
+        self.adapter = adapter
+        self.versions[1:] = [version]
 
     @property
     def reader(self) -> Callable[[], TokenLogprobs] | None:
