@@ -3,14 +3,17 @@
 from omegaconf import DictConfig
 
 from runner.job import RunContext
+from runner.models.load import Loader
 
 
-def generate(config: DictConfig, *, retry_errors: bool = False) -> None:
+def generate(
+    config: DictConfig, *, retry_errors: bool = False, load_model: Loader | None = None
+) -> None:
     """Runs the job that `config` (a composed `runner.config.Config`) describes.
 
-    `retry_errors` does the rows with an error again.
+    `retry_errors` does the rows with an error again; `load_model` is the sweep's, if it is in one.
     """
-    context = RunContext(config, retry_errors=retry_errors)
+    context = RunContext(config, retry_errors=retry_errors, load_model=load_model)
     if context.complete:
         return
     with context:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from runner.errors import ParameterError, RewardError
 from runner.job import RunContext
+from runner.models.load import Loader
 from runner.rewards import RewardRunner, group_advantages
 from runner.rows import Row
 from runner.types import Completion, ErrorInfo, RequestOutput
@@ -19,14 +20,18 @@ Rewards = list[float | RewardError]
 
 
 def rollout(
-    config: DictConfig, *, normalize_advantage: bool = True, retry_errors: bool = False
+    config: DictConfig,
+    *,
+    normalize_advantage: bool = True,
+    retry_errors: bool = False,
+    load_model: Loader | None = None,
 ) -> None:
     """Runs the job that `config` (a composed `runner.config.Config`) describes.
 
     `normalize_advantage` divides a group's advantages by the standard deviation of its rewards,
-    `retry_errors` does the rows with an error again.
+    `retry_errors` does the rows with an error again; `load_model` is the sweep's, if it is in one.
     """
-    context = RunContext(config, retry_errors=retry_errors)
+    context = RunContext(config, retry_errors=retry_errors, load_model=load_model)
     _check_reward(config, context)
     reward = instantiate(config.reward)
     if context.complete:

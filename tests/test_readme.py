@@ -48,7 +48,9 @@ def test_every_block_runs(tmp_path: Path) -> None:
     groups = pl.scan_ipc(tmp_path / "rollouts" / "part-*.arrow").collect()
     assert groups.height == 32
     assert (tmp_path / "batch" / "output.jsonl").read_text().count("\n") == 1
-    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == ["0", "1"]
+    points = sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir())
+    assert points == ["kv_bits=8", "kv_bits=null"]
+    assert (tmp_path / "sweep" / "sweep.png").exists()
 
 
 def test_the_installation_lines_are_those_that_ci_runs() -> None:
