@@ -140,11 +140,33 @@ def test_an_interrupt_ends_the_sweep_and_nothing_is_lost(place, commands):
     assert [it["state"] for it in table(place).values()] == ["finished"] * 3
 
 
-def test_options_have_types_and_secrets_no_column(place, commands):
-    words = ("+job.b=null,0.5", "+engine_key=1", "job.a=1,x", "output.dir=out")
-    done = commands.run("mine", "-m", *words[:1], words[2], words[3], cwd=place)
-    assert done.returncode == 0, done.stderr
+def test_options_have_types(place, commands):
+    words = ("job.b=null,0.5", "job.a=1,x", "output.dir=out")
+    commands.succeed("mine", "-m", *words, cwd=place)
     rows = pl.read_parquet(place / "out" / "sweep.parquet")
     assert rows["job.b"].to_list() == [None, None, 0.5, 0.5]
     assert rows["job.a"].to_list() == ["1", "x", "1", "x"]
     assert rows["job"].unique().to_list() == ["mine"] and "output.dir" not in rows.columns
+
+
+def test_bad_values_are_found_before_the_first_point(place, commands):
+    line = commands.refused("mine", "-m", "sampling.n=1,x", "output.dir=out", cwd=place)
+    assert line.startswith("error: sampling.n=x: ")
+    assert not list(place.glob("out/*/*")) and not (place / "out" / "sweep.parquet").exists()
+
+
+def test_a_sweep_may_be_moved_and_goes_on_there(place, commands):
+    words = ("mine", "-m", "job.a=1,2")
+    commands.succeed(*words, "output.dir=out", cwd=place)
+    (place / "out").rename(place / "moved")
+    commands.succeed(*words, "output.dir=moved", cwd=place)
+    assert list(table(place, "moved")) == ["a=1", "a=2"]
+
+
+def test_a_secret_has_no_column(place, commands):
+    conf = (place / "conf" / "job" / "mine.yaml").read_text()
+    (place / "conf" / "job" / "mine.yaml").write_text(f"{conf}api_key: null\n")
+    job = (place / "sweep_job.py").read_text().replace("b=None", "b=None, api_key=None")
+    (place / "sweep_job.py").write_text(job)
+    commands.succeed("mine", "-m", "job.a=1,2", "job.api_key=abc", "output.dir=out", cwd=place)
+    assert "job.api_key" not in pl.read_parquet(place / "out" / "sweep.parquet").columns
