@@ -48,6 +48,9 @@ def benchmark(
     before = read_baseline(baseline) if baseline is not None else None
     file = Path(config.output.dir) / _RESULT_FILE
     if file.exists():
+        if load_model is not None and json.loads(file.read_text()).get("command") == _command():
+            print(f"{file.parent} holds this benchmark already.")
+            return
         raise OutputError(f"{file} is there already: choose another directory")
     llm = open_llm(config, load_model)
     chosen = [_fitting(llm, WORKLOADS[name](llm.tokenizer)) for name in workloads]

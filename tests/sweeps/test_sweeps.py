@@ -251,6 +251,27 @@ def test_a_sweep_of_one_point_and_a_missing_matplotlib(place, monkeypatch, capsy
     assert not (place / "out" / "sweep.png").exists()
 
 
+def test_a_sweep_of_benchmarks_goes_on_where_it_was(place, commands):
+    """A point that is there is not timed again; the file of other options is refused."""
+    spread = {"min": 3.0, "median": 4.0, "max": 5.0}
+    peer = {"name": "mlx-lm", "ratio": spread}
+    workload = {"workload": "decode", "runner": {"tokens_per_second": spread}, "peers": [peer]}
+    for size in (1, 2):
+        directory = place / "out" / f"max_batch_size={size}"
+        directory.mkdir(parents=True)
+        given = ["engine.max_batch_size=1", "model.path=a", "job.picture=false"]
+        command = " ".join(["runner benchmark model=custom", *given])
+        written = {"command": command, "workloads": [workload]}
+        (directory / "benchmark.json").write_text(json.dumps(written))
+    words = ("engine.max_batch_size=1,2", "model.path=a", "job.picture=false", "output.dir=out")
+    done = commands.run("benchmark", "-m", *words, cwd=place)
+    assert done.returncode == 2 and "point max_batch_size=2: " in done.stderr
+    assert done.stdout.count("holds this benchmark already") == 1
+    table = pl.read_parquet(place / "out" / "sweep.parquet")
+    assert table["state"].to_list() == ["finished", "failed"]
+    assert table["decode_ratio_mlx-lm"].to_list() == [4.0, None]
+
+
 def test_the_loader_of_a_sweep_is_no_option(place, commands):
     words = ("generate", "model.path=a", "data.path=rows.jsonl", "+job.load_model=x")
     assert "load_model" in commands.refused(*words, cwd=place)
