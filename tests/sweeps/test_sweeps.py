@@ -259,14 +259,14 @@ def test_a_sweep_of_benchmarks_goes_on_where_it_was(place, commands):
     for size in (1, 2):
         directory = place / "out" / f"max_batch_size={size}"
         directory.mkdir(parents=True)
-        given = ["engine.max_batch_size=1", "model.path=a", "job.picture=false"]
+        given = ["engine.max_batch_size=1", "model.path=a", "job.picture=False"]
         command = " ".join(["runner benchmark model=custom", *given])
         written = {"command": command, "workloads": [workload]}
         (directory / "benchmark.json").write_text(json.dumps(written))
     words = ("engine.max_batch_size=1,2", "model.path=a", "job.picture=false", "output.dir=out")
     done = commands.run("benchmark", "-m", *words, cwd=place)
     assert done.returncode == 2 and "point max_batch_size=2: " in done.stderr
-    assert done.stdout.count("holds this benchmark already") == 1
+    assert done.stdout.count("holds this benchmark already") == 1, done.stderr
     table = pl.read_parquet(place / "out" / "sweep.parquet")
     assert table["state"].to_list() == ["finished", "failed"]
     assert table["decode_ratio_mlx-lm"].to_list() == [4.0, None]
