@@ -17,7 +17,9 @@ from runner.data.openai_batch import BadLine, BatchFile, BatchLine, answer_line
 from runner.errors import ParameterError, StoppedError
 from runner.identity import identity
 from runner.interrupt import Interrupt
+from runner.job import open_llm
 from runner.llm import LLM
+from runner.models.load import Loader
 from runner.models.token_bytes import TokenBytes
 from runner.openai.errors import ApiError
 from runner.openai.requests import KNOWN_URLS, ApiRequest, parameter_error, parse_request
@@ -40,12 +42,17 @@ _DECIDING_GROUPS = ("job", "model", "sampling")
 
 
 def openai_batch(
-    config: DictConfig, *, check_model: bool = True, served_model_name: Sequence[str] = ()
+    config: DictConfig,
+    *,
+    check_model: bool = True,
+    served_model_name: Sequence[str] = (),
+    load_model: Loader | None = None,
 ) -> None:
     """Answers the lines of `data.path` that have no answer in `output.dir` yet.
 
     `served_model_name` has further names of the model; `check_model` refuses lines that name
-    another. `sampling` has the values of the fields that a line leaves out.
+    another. `sampling` has the values of the fields that a line leaves out. `load_model` is the
+    sweep's, if it is in one.
     """
     refuse_others("openai_batch", _OPTIONS)
     plain = _plain(config)
@@ -57,8 +64,7 @@ def openai_batch(
     if done == total:
         print(f"{results.directory} holds all {total} answers already.")
         return
-    options = plain["model"] | plain["engine"]
-    llm = LLM(options.pop("path"), seed=defaults.seed or 0, **options)
+    llm = open_llm(config, load_model)
     llm.check(defaults)
     names = [*served_model_name, llm.loaded.name, llm.loaded.path, plain["model"]["path"]]
     answerer = Answerer(llm, defaults, names, check_model=check_model)

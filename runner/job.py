@@ -23,6 +23,7 @@ from runner.errors import ParameterError, StoppedError
 from runner.identity import identity
 from runner.interrupt import Interrupt
 from runner.llm import LLM
+from runner.models.load import Loader
 from runner.report import print_report, summary
 from runner.result_rows import result_rows
 from runner.rows import (
@@ -53,7 +54,8 @@ class RunContext:
     `fields` are the columns of its results before those of the input; without them it completes
     prompts. With `is_corpus` the numbers
     are about all rows together, so that a run goes on with the same rows only. `retry_errors`
-    does the rows with an error again; each stays until its replacement is committed.
+    does the rows with an error again; each stays until its replacement is committed. `load_model`
+    gives the model in place of reading its files.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class RunContext:
         fields: Sequence[pa.Field] | None = None,
         is_corpus: bool = False,
         retry_errors: bool = False,
+        load_model: Loader | None = None,
     ) -> None:
         if not isinstance(retry_errors, bool):
             raise ParameterError(f"job.retry_errors={retry_errors!r} is not allowed: true or false")
@@ -79,6 +82,7 @@ class RunContext:
             retry_errors=retry_errors,
         )
         self._tracker = instantiate(config.tracker)
+        self._load_model = load_model
         self.on_loaded: Callable[[LLM], None] = lambda llm: None
         """Called once the model is there, before anything is written."""
         self.summarize: Callable[[Totals], Mapping[str, Any]] = lambda totals: {}
@@ -112,8 +116,7 @@ class RunContext:
         try:
             if self.dataset.id_column is not None and self.dataset.is_local:
                 check_ids(self.dataset)
-            options = _plain(self.config.model) | _plain(self.config.engine)
-            self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
+            self.llm = open_llm(self.config, self._load_model)
             self.llm.check(self.params)
             self.on_loaded(self.llm)
             self._behind = WriteBehind(self.writer, committed=self._save_summary)
@@ -282,6 +285,15 @@ class RunContext:
     def _merge(self) -> None:
         row_ids = (row.row_id for row in self._rows())
         print_merged(merge(self.directory, row_ids, self.writer.merge_format))
+
+
+def open_llm(config: DictConfig, load_model: Loader | None = None) -> LLM:
+    """The `LLM` that a configuration describes, its model read from files or as it is given."""
+    model, engine = _plain(config.model), _plain(config.engine)
+    path, seed = model.pop("path"), config.sampling.seed
+    if load_model is None:
+        return LLM(path, seed=seed, **model, **engine)
+    return LLM(load_model(path, **model), seed=seed, **engine)
 
 
 def print_merged(merged: Merged) -> None:
