@@ -19,7 +19,9 @@ from runner.benchmarking.picture import check_matplotlib, draw
 from runner.benchmarking.table import print_table, unequal_options
 from runner.data.workloads import WORKLOADS, Workload
 from runner.errors import OutputError, ParameterError
+from runner.job import open_llm
 from runner.llm import LLM
+from runner.models.load import Loader
 
 _RESULT_FILE = "benchmark.json"
 
@@ -33,17 +35,26 @@ def benchmark(
     stock_rows: int,
     baseline: str | None,
     picture: bool,
+    load_model: Loader | None = None,
 ) -> None:
-    """Runs `workloads`, by name, beside what `compare` names; writes `benchmark.json`."""
+    """Runs `workloads`, by name, beside what `compare` names; writes `benchmark.json`.
+
+    `load_model` is the sweep's, if it is in one.
+    """
     compare = [compare] if isinstance(compare, str) else list(compare)
     _check(workloads, compare, {"rounds": rounds, "stock_rows": stock_rows})
     if picture:
         check_matplotlib()
     before = read_baseline(baseline) if baseline is not None else None
+    if config.lora.path is not None or config.lora.adapters:
+        raise ParameterError("lora is not allowed: benchmark times the model as it is")
     file = Path(config.output.dir) / _RESULT_FILE
     if file.exists():
+        if load_model is not None and json.loads(file.read_text()).get("command") == _command():
+            print(f"{file.parent} holds this benchmark already.")
+            return
         raise OutputError(f"{file} is there already: choose another directory")
-    llm = LLM(**_options(config))
+    llm = open_llm(config, load_model)
     chosen = [_fitting(llm, WORKLOADS[name](llm.tokenizer)) for name in workloads]
     with Peers(llm, compare, options=_options(config), stock_rows=stock_rows) as peers:
         measured = [_measured(llm, peers, workload, rounds) for workload in chosen]

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from runner.data.schemas import RESULT_FIELDS
 from runner.errors import ParameterError, RewardError
 from runner.job import RunContext
-from runner.llm import LLM
+from runner.models.load import Loader
 from runner.rewards import RewardRunner, group_advantages
 from runner.rows import NamedRow
 from runner.training.checkpoint import METRICS_FILE, Checkpoints
@@ -60,25 +60,21 @@ def grpo(
     micro_batch_size: int,
     normalize_advantage: bool,
     picture: bool,
+    load_model: Loader | None = None,
 ) -> None:
     """Runs the job that `config` (a composed `runner.config.Config`) describes.
 
-    The other options are those of `Schedule`, `Objective`, `LoraShape` and `GRPOTrainer`.
+    The other options are those of `Schedule`, `Objective`, `LoraShape` and `GRPOTrainer`;
+    `load_model` is the sweep's, if it is in one.
     """
     schedule = Schedule(
         steps=steps, prompts_per_step=prompts_per_step, updates_per_step=updates_per_step
     )
     shape = LoraShape(rank=rank, scale=scale, num_layers=num_layers, keys=keys)
-    if picture and find_spec("matplotlib") is None:
-        what = "pip install 'mlx-runner[plots]', or choose job.picture=false"
-        raise ParameterError(f"job.picture=true needs matplotlib: {what}")
-    context = RunContext(config, fields=_FIELDS, total=steps * prompts_per_step)
+    total = steps * prompts_per_step
+    context = RunContext(config, fields=_FIELDS, total=total, load_model=load_model)
     check_sampling(context.params, kl_coefficient=kl_coefficient)
-    if context.lora.paths:
-        what = "grpo trains the one adapter there is, from nothing"
-        raise ParameterError(f"lora is not allowed: {what}; leave it out")
-    if config.reward is None:
-        raise ParameterError("grpo needs a reward: reward=word_limit, or runner --help")
+    _check_options(config, context, picture=picture)
     reward = instantiate(config.reward)
     if context.complete:
         return
@@ -89,25 +85,33 @@ def grpo(
     )
     rows = _prompts(context, prompts_per_step)
     trainers: list[GRPOTrainer] = []
-
-    def make_trainer(llm: LLM) -> None:
-        trainers.append(
-            GRPOTrainer(
-                llm.model,
-                shape,
-                objective,
-                learning_rate=learning_rate,
-                micro_batch_size=micro_batch_size,
-                seed=context.params.seed or 0,
-            )
+    context.on_loaded = lambda llm: trainers.append(
+        GRPOTrainer(
+            llm.model,
+            shape,
+            objective,
+            learning_rate=learning_rate,
+            micro_batch_size=micro_batch_size,
+            seed=context.params.seed or 0,
         )
-
-    context.on_loaded = make_trainer
+    )
     with context, RewardRunner(reward) as rewards:
         loop = _Loop(context, rows, rewards, trainers[0], schedule, normalize=normalize_advantage)
         loop.run()
     if picture:
         draw({"": read_metrics(context.directory / METRICS_FILE)}, context.directory)
+
+
+def _check_options(config: DictConfig, context: RunContext, *, picture: bool) -> None:
+    """Refuses a run that could not begin or end."""
+    if picture and find_spec("matplotlib") is None:
+        what = "pip install 'mlx-runner[plots]', or choose job.picture=false"
+        raise ParameterError(f"job.picture=true needs matplotlib: {what}")
+    if context.lora.paths:
+        what = "grpo trains the one adapter there is, from nothing"
+        raise ParameterError(f"lora is not allowed: {what}; leave it out")
+    if config.reward is None:
+        raise ParameterError("grpo needs a reward: reward=word_limit, or runner --help")
 
 
 def _prompts(context: RunContext, prompts_per_step: int) -> list[NamedRow]:

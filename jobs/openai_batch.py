@@ -17,8 +17,10 @@ from runner.data.openai_batch import BadLine, BatchFile, BatchLine, answer_line
 from runner.errors import ParameterError, StoppedError
 from runner.identity import identity
 from runner.interrupt import Interrupt
+from runner.job import open_llm
 from runner.llm import LLM
 from runner.lora_options import LoraOptions
+from runner.models.load import Loader
 from runner.models.token_bytes import TokenBytes
 from runner.openai.errors import ApiError
 from runner.openai.requests import KNOWN_URLS, ApiRequest, parameter_error, parse_request
@@ -42,12 +44,17 @@ _DECIDING_GROUPS = ("job", "model", "sampling")
 
 
 def openai_batch(
-    config: DictConfig, *, check_model: bool = True, served_model_name: Sequence[str] = ()
+    config: DictConfig,
+    *,
+    check_model: bool = True,
+    served_model_name: Sequence[str] = (),
+    load_model: Loader | None = None,
 ) -> None:
     """Answers the lines of `data.path` that have no answer in `output.dir` yet.
 
     `served_model_name` has further names of the model; `check_model` refuses lines that name
-    another. `sampling` has the values of the fields that a line leaves out.
+    another. `sampling` has the values of the fields that a line leaves out. `load_model` is the
+    sweep's, if it is in one.
     """
     refuse_others("openai_batch", _OPTIONS)
     plain = _plain(config)
@@ -64,12 +71,8 @@ def openai_batch(
     if done == total:
         print(f"{results.directory} holds all {total} answers already.")
         return
-    options = plain["model"] | plain["engine"]
-    options |= {"seed": defaults.seed or 0, "max_adapters": lora.max_adapters}
-    llm = LLM(options.pop("path"), **options)
+    llm = open_llm(config, load_model)
     llm.check(defaults)
-    for name, path in lora.paths.items():
-        llm.load_adapter(name, path)
     names = [*served_model_name, llm.loaded.name, llm.loaded.path, plain["model"]["path"]]
     answerer = Answerer(llm, defaults, names, check_model=check_model, adapter=lora.default)
     tracker = instantiate(config.tracker)

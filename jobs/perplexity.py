@@ -13,6 +13,7 @@ from runner.documents import Document, Stream, read_document
 from runner.errors import ParameterError
 from runner.job import RunContext
 from runner.llm import LLM
+from runner.models.load import Loader
 from runner.perplexity import Definition, PerplexityOptions, Tokens, perplexity_numbers
 from runner.scores import ScoredText
 from runner.scoring_run import check_nothing_sampled, run_texts
@@ -28,17 +29,22 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     retry_errors: bool = False,
+    load_model: Loader | None = None,
 ) -> None:
     """Runs the job that `config` (a composed `runner.config.Config`) describes.
 
     The options are those of `runner.perplexity.PerplexityOptions`; `retry_errors` does the
-    documents with an error again.
+    documents with an error again; `load_model` is the sweep's, if it is in one.
     """
     options = PerplexityOptions(
         preset=preset, mode=mode, prefix=prefix, window=window, stride=stride
     )
     context = RunContext(
-        config, fields=PERPLEXITY_FIELDS, is_corpus=True, retry_errors=retry_errors
+        config,
+        fields=PERPLEXITY_FIELDS,
+        is_corpus=True,
+        retry_errors=retry_errors,
+        load_model=load_model,
     )
     check_nothing_sampled(config, context.params)
     _check_texts(context.dataset)

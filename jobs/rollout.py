@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from runner.certificate import Certificate
 from runner.errors import ParameterError, RewardError
 from runner.job import RunContext
+from runner.models.load import Loader
 from runner.rewards import RewardRunner, group_advantages
 from runner.rows import Row
 from runner.types import Completion, ErrorInfo, RequestOutput
@@ -25,15 +26,16 @@ def rollout(
     normalize_advantage: bool = True,
     retry_errors: bool = False,
     certify: int = 64,
+    load_model: Loader | None = None,
 ) -> None:
     """Runs the job that `config` (a composed `runner.config.Config`) describes.
 
     `normalize_advantage` divides a group's advantages by the standard deviation of its rewards,
     `retry_errors` does the rows with an error again, and `certify` result rows are scored again at
-    the end.
+    the end; `load_model` is the sweep's, if it is in one.
     """
     certificate = Certificate(certify)
-    context = RunContext(config, retry_errors=retry_errors)
+    context = RunContext(config, retry_errors=retry_errors, load_model=load_model)
     if context.params.echo:
         what = "rewards read the completion by itself; leave it out, or use generate"
         raise ParameterError(f"sampling.echo=True is not allowed: {what}")

@@ -9,6 +9,7 @@ from runner.choices import NORMALIZATIONS, ScoreColumns, ScoredRow
 from runner.data.score_schemas import SCORE_FIELDS
 from runner.data.summary import Moments, Totals
 from runner.job import RunContext
+from runner.models.load import Loader
 from runner.scores import ScoredText, in_order_of_work
 from runner.scoring_run import check_nothing_sampled, run_texts
 
@@ -20,18 +21,21 @@ def score(
     choices_column: str | None = None,
     answer_column: str | None = None,
     retry_errors: bool = False,
+    load_model: Loader | None = None,
 ) -> None:
     """Runs the job that `config` (a composed `runner.config.Config`) describes.
 
     The options are those of `runner.choices.ScoreColumns`; `retry_errors` does the rows with
-    an error again.
+    an error again; `load_model` is the sweep's, if it is in one.
     """
     columns = ScoreColumns(
         completion_column=completion_column,
         choices_column=choices_column,
         answer_column=answer_column,
     )
-    context = RunContext(config, fields=SCORE_FIELDS, retry_errors=retry_errors)
+    context = RunContext(
+        config, fields=SCORE_FIELDS, retry_errors=retry_errors, load_model=load_model
+    )
     check_nothing_sampled(config, context.params)
     columns.check(context.dataset)
     if context.complete:

@@ -9,6 +9,9 @@ from typing import NoReturn
 
 from runner.errors import UsageError
 
+MULTIRUN = "hydra.mode=MULTIRUN"
+"""The override that makes a sweep of a command line."""
+
 _TEXTS = ("data.prompt_template", "data.system_prompt", "reward.pattern")
 """Options whose value is free text, with braces, commas and quotes."""
 
@@ -67,7 +70,7 @@ def parse_arguments(
         words = [f"{option}={word}" if word in bare[1:2] else word for word in words]
         place = _value(option, words)
     if parsed.multirun:
-        words.append("hydra.mode=MULTIRUN")
+        words.append(MULTIRUN)
     texts = {*_TEXTS, option} if option else set(_TEXTS)
     quoted = [_quoted(word, groups, texts) for word in words]
     return Arguments(

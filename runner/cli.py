@@ -1,9 +1,10 @@
 """The command line: reads the arguments, composes the configuration, calls the job."""
 
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from inspect import signature
@@ -18,12 +19,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import __version__
-from runner.arguments import Arguments, parse_arguments
+from runner.arguments import MULTIRUN, Arguments, parse_arguments
 from runner.composition import POSITIONAL, choices, positionals, register, unknown_keys
 from runner.config_errors import explain
 from runner.errors import OutputError, ParameterError, StoppedError, UsageError
 from runner.help import job_help, program_help
 from runner.models.blas import load_blas, pin_kernels
+from runner.multirun import Multirun
 
 
 def main() -> None:
@@ -62,7 +64,7 @@ def _dispatch(argv: list[str]) -> None:
         _check_place(arguments)
         # Hydra reads the process's arguments; flags come after the words or it refuses the rest.
         sys.argv[1:] = arguments.overrides + arguments.flags
-        _run_hydra()
+        _run(arguments.overrides)
 
 
 def _check_place(arguments: Arguments) -> None:
@@ -73,21 +75,43 @@ def _check_place(arguments: Arguments) -> None:
         raise OutputError(f"{arguments.place}: no such directory")
 
 
-@hydra.main(config_path="pkg://runner.conf", config_name="config", version_base="1.3")
-def _run_hydra(config: DictConfig) -> None:
+def _run(overrides: list[str]) -> None:
+    if MULTIRUN not in overrides:
+        _run_hydra(_run_alone)
+        return
+    if any(re.fullmatch(r"(?i)engine\.batch_invariant=.*true.*", word) for word in overrides):
+        pin_kernels()  # One BLAS serves all points, and the first would load it without.
+    Multirun(overrides, _run_job).run(_run_hydra)
+
+
+def _run_hydra(task: Callable[[DictConfig], None]) -> None:
+    """Composes the configuration of each run and calls `task` with it."""
+    main = hydra.main(config_path="pkg://runner.conf", config_name="config", version_base="1.3")
+    main(task)()
+
+
+def _run_alone(config: DictConfig) -> None:
     """Runs one job; it leaves by SystemExit on a usage error, which Hydra does not report again."""
+    try:
+        _run_job(config, load_model=None)
+    except (UsageError, StoppedError, HydraException) as error:
+        _exit_with(error)
+
+
+def _run_job(config: DictConfig, **given: Any) -> None:
+    """Runs one job; of what is `given`, it gets what it has a parameter for."""
     if config.engine.batch_invariant:
         pin_kernels()
     load_blas()  # A job may import mlx first, and then it would be too late.
     config.output.dir = HydraConfig.get().runtime.output_dir
     try:
-        _load_job(config)(config)
-    except (UsageError, StoppedError, HydraException) as error:
+        _load_job(config, given)(config)
+    except (UsageError, StoppedError, HydraException):
         _remove_if_empty(Path(config.output.dir))
-        _exit_with(error)
+        raise
 
 
-def _load_job(config: DictConfig) -> Callable[[DictConfig], Any]:
+def _load_job(config: DictConfig, given: Mapping[str, Any]) -> Callable[[DictConfig], Any]:
     """The job as a function of the configuration, which is complete and resolved afterwards."""
     try:
         missing = sorted(OmegaConf.missing_keys(config))
@@ -101,11 +125,12 @@ def _load_job(config: DictConfig) -> Callable[[DictConfig], Any]:
     with open_dict(config.job):
         config.job.pop(POSITIONAL, None)
     job: partial[None] = instantiate(config.job, _partial_=True)
+    taken = {name: it for name, it in given.items() if name in signature(job.func).parameters}
     try:
-        signature(job.func).bind(*job.args, config, **job.keywords)
+        signature(job.func).bind(*job.args, config, **job.keywords, **taken)
     except TypeError as error:
         raise ParameterError(f"job={HydraConfig.get().runtime.choices['job']}: {error}") from error
-    return job
+    return partial(job, **taken)
 
 
 def _remove_if_empty(directory: Path) -> None:

@@ -25,6 +25,7 @@ from runner.identity import identity
 from runner.interrupt import Interrupt
 from runner.llm import LLM
 from runner.lora_options import LoraOptions
+from runner.models.load import Loader
 from runner.report import print_report, summary
 from runner.result_rows import result_rows
 from runner.rows import (
@@ -55,8 +56,9 @@ class RunContext:
     `fields` are the columns of its results before those of the input; without them it completes
     prompts. With `is_corpus` the numbers
     are about all rows together, so that a run goes on with the same rows only. `retry_errors`
-    does the rows with an error again; each stays until its replacement is committed. `total` is
-    how many rows there will be, where it is not one for each of the input.
+    does the rows with an error again; each stays until its replacement is committed. `load_model`
+    gives the model in place of reading its files. `total` is how many rows there will be, where it
+    is not one for each of the input.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class RunContext:
         is_corpus: bool = False,
         retry_errors: bool = False,
         total: int | None = None,
+        load_model: Loader | None = None,
     ) -> None:
         if not isinstance(retry_errors, bool):
             raise ParameterError(f"job.retry_errors={retry_errors!r} is not allowed: true or false")
@@ -86,6 +89,7 @@ class RunContext:
             retry_errors=retry_errors,
         )
         self._tracker = instantiate(config.tracker)
+        self._load_model = load_model
         self.on_loaded: Callable[[LLM], None] = lambda llm: None
         """Called once the model is there, before anything is written."""
         self.summarize: Callable[[Totals], Mapping[str, Any]] = lambda totals: {}
@@ -120,11 +124,7 @@ class RunContext:
         try:
             if self.dataset.id_column is not None and self.dataset.is_local:
                 check_ids(self.dataset)
-            options = _plain(self.config.model) | _plain(self.config.engine)
-            options |= {"seed": self.config.sampling.seed, "max_adapters": self.lora.max_adapters}
-            self.llm = LLM(options.pop("path"), **options)
-            for name, path in self.lora.paths.items():
-                self.llm.load_adapter(name, path)
+            self.llm = open_llm(self.config, self._load_model)
             self.llm.check(self.params)
             self.on_loaded(self.llm)
             self._behind = WriteBehind(self.writer, committed=self._save_summary)
@@ -331,6 +331,24 @@ class RunContext:
     def _merge(self) -> None:
         row_ids = (row.row_id for row in self._rows())
         print_merged(merge(self.directory, row_ids, self.writer.merge_format))
+
+
+def open_llm(config: DictConfig, load_model: Loader | None = None) -> LLM:
+    """The `LLM` that a configuration describes, with its adapters.
+
+    Its model is read from files, or given by `load_model`.
+    """
+    model, engine = _plain(config.model), _plain(config.engine)
+    lora = LoraOptions.of(_plain(config.lora))
+    engine |= {"seed": config.sampling.seed or 0, "max_adapters": lora.max_adapters}
+    path = model.pop("path")
+    if load_model is None:
+        llm = LLM(path, **model, **engine)
+    else:
+        llm = LLM(load_model(path, **model), **engine)
+    for name, directory in lora.paths.items():
+        llm.load_adapter(name, directory)
+    return llm
 
 
 def print_merged(merged: Merged) -> None:

@@ -20,10 +20,13 @@ def public_options(config: Mapping[str, Any]) -> dict[str, Any]:
     Without prompts, without what its name says is a secret, and without what is not set.
     """
     return {
-        key: value
-        for key, value in _flat(config, "")
-        if key not in _TEXTS and not _SECRET.search(key.rpartition(".")[2])
+        key: value for key, value in _flat(config, "") if key not in _TEXTS and not is_secret(key)
     }
+
+
+def is_secret(key: str) -> bool:
+    """Whether an option is named like something that nobody else may see."""
+    return _SECRET.search(key.rpartition(".")[2]) is not None
 
 
 def _flat(node: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:

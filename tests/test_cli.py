@@ -140,12 +140,15 @@ def test_results_lie_under_the_name_of_the_job(workplace: Path) -> None:
     assert (directory / "seen.yaml").is_file()
 
 
-def test_a_sweep_numbers_its_runs(workplace: Path) -> None:
+def test_a_sweep_names_its_runs_by_what_differs(workplace: Path) -> None:
     done = runner("mine", "-m", "job.answer=1,2", "sampling.n=5,6", cwd=workplace)
     assert done.stderr == ""
-    assert done.stdout.split("\n")[:4] == [f"answer {a} n {n}" for a in (1, 2) for n in (5, 6)]
+    answers = [line for line in done.stdout.splitlines() if line.startswith("answer ")]
+    points = [(a, n) for a in (1, 2) for n in (5, 6)]
+    assert answers == [f"answer {a} n {n}" for a, n in points]
     (sweep,) = (workplace / "outputs" / "mine").iterdir()
-    assert sorted(path.parent.name for path in sweep.glob("*/seen.yaml")) == ["0", "1", "2", "3"]
+    found = sorted(path.parent.name for path in sweep.glob("*/seen.yaml"))
+    assert found == [f"answer={a},n={n}" for a, n in points]
 
 
 def test_module_and_script_are_the_same(workplace: Path) -> None:

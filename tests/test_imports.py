@@ -16,9 +16,9 @@ LEVELS = [
     {"llm"},
     {"certificate", "report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
     {"job", "documents", "choices"},
-    {"scoring_run"},
+    {"scoring_run", "sweeps"},
     {"jobs"},
-    {"cli", "arguments", "composition", "config_errors", "help"},
+    {"cli", "arguments", "composition", "config_errors", "help", "multirun"},
 ]
 FOUNDATION, COMMAND_LINE = LEVELS[0], LEVELS[-1]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

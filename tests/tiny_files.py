@@ -1,5 +1,6 @@
 """The tiny model with a tokenizer of bytes, as files that a user could point at."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,20 @@ CONFIG = tiny.CONFIG | {
 }
 
 
-def save_tiny_model(directory: Path, **changes: Any) -> Path:
-    """Writes config, weights and tokenizer; every byte is a token, </s> ends a text."""
-    changes = {"vocab_size": len(TOKENS), "max_position_embeddings": CONTEXT} | changes
-    save_model(directory, tiny.tiny_model(**changes))
-    save_config(CONFIG | changes, directory / "config.json")
+def save_tiny_model(
+    directory: Path, *, seed: int = 0, merges: Sequence[str] = (), **changes: Any
+) -> Path:
+    """Writes config, weights and tokenizer; every byte is a token, </s> ends a text.
+
+    `merges`, as in "a b", make further tokens of two; `changes` go into the config.
+    """
+    tokens = [*TOKENS, *(pair.replace(" ", "") for pair in merges)]
+    sizes = {"vocab_size": len(tokens), "max_position_embeddings": CONTEXT} | changes
+    save_model(directory, tiny.tiny_model(seed, **sizes))
+    save_config(CONFIG | sizes, directory / "config.json")
     vocabulary = Vocabulary(
-        tokens=TOKENS,
-        merges=[],
+        tokens=tokens,
+        merges=list(merges),
         pre_tokenizer="gpt-2",
         special_ids=[0, 1],
         bos_id=0,

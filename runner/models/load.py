@@ -1,9 +1,10 @@
 """From the name of a model to its weights and tokenizer, ready to run."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from runner.errors import ParameterError
 from runner.models.blas import Blas, load_blas
@@ -38,6 +39,10 @@ class LoadedModel:
     blas: Blas
     device: str
     """cpu, metal or cuda."""
+
+
+Loader: TypeAlias = Callable[..., LoadedModel]
+"""What takes the arguments of `load_model` and gives what it gives."""
 
 
 def load_model(

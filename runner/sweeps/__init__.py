@@ -1,0 +1,1 @@
+"""Sweeps: what the points of one say, alone and against one another."""
