@@ -19,11 +19,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner import __version__
 from runner.arguments import Arguments, parse_arguments
-from runner.composition import POSITIONAL, choices, positionals, register, unknown_keys
+from runner.composition import POSITIONAL, USES, choices, positionals, register, unknown_keys
 from runner.config_errors import explain
 from runner.errors import OutputError, ParameterError, StoppedError, UsageError
 from runner.help import job_help, program_help
 from runner.models.blas import load_blas, pin_kernels
+from runner.overrides import refuse_others
 
 
 def main() -> None:
@@ -100,11 +101,15 @@ def _load_job(config: DictConfig) -> Callable[[DictConfig], Any]:
         raise ParameterError(f"{missing[0]} has no value: give {missing[0]}=...")
     with open_dict(config.job):
         config.job.pop(POSITIONAL, None)
+        uses = config.job.pop(USES, None)
+    chosen, overrides = HydraConfig.get().runtime.choices["job"], HydraConfig.get().overrides
+    if uses is not None:
+        refuse_others(chosen, uses, overrides.task)
     job: partial[None] = instantiate(config.job, _partial_=True)
     try:
         signature(job.func).bind(*job.args, config, **job.keywords)
     except TypeError as error:
-        raise ParameterError(f"job={HydraConfig.get().runtime.choices['job']}: {error}") from error
+        raise ParameterError(f"job={chosen}: {error}") from error
     return job
 
 

@@ -10,14 +10,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
-    | {"device_memory", "overrides", "run_log", "trackers"},
+    | {"device_memory", "run_log", "trackers"},
     {"batch_size", "identity", "openai", "status", "texts", "watch"},
     {"llm"},
     {"report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
     {"job", "documents", "choices"},
     {"scoring_run"},
     {"jobs"},
-    {"cli", "arguments", "composition", "config_errors", "help"},
+    {"cli", "arguments", "composition", "config_errors", "help", "overrides"},
 ]
 FOUNDATION, COMMAND_LINE = LEVELS[0], LEVELS[-1]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
