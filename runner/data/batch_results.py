@@ -34,7 +34,8 @@ class BatchResults:
 
     `identity` holds the flat options that decide answers. A directory of the same identity is
     continued; another one raises `OutputError`. Lines are told apart by what they ask under which
-    custom_id, so that the input may be extended, cut or put in another order.
+    custom_id, so that the input may be extended, cut or put in another order. The error of a
+    malformed line is as final as an answer: mended, it is another line, of its own.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
