@@ -86,9 +86,7 @@ class LLM:
             )
         if model.blas.warning is not None:
             warnings.warn(model.blas.warning, stacklevel=2)
-        self.loaded = model
-        self.model = model.model
-        self.tokenizer = model.tokenizer
+        self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
         self.seed = seed
         self._texts = Texts(model.tokenizer)
         budget = default_memory_budget() if budget is None else budget
@@ -98,12 +96,7 @@ class LLM:
             quantized_kv_start=quantized_kv_start,
             max_kv_size=max_kv_size,
         )
-        size = self._settled_batch_size(
-            max_batch_size,
-            memory_budget=budget,
-            kv_options=kv_options,
-            batch_invariant=batch_invariant,
-        )
+        size = self._settled_batch_size(max_batch_size, budget, kv_options, batch_invariant)
         make_engine = partial(
             Engine,
             model.model,
@@ -121,12 +114,19 @@ class LLM:
         self._num_calls = 0
         self._pending: dict[str, _Pending] = {}
 
-    def _settled_batch_size(self, asked: int | str, **setting: Any) -> int:
+    def _settled_batch_size(
+        self, asked: int | str, budget: int, kv_options: KVOptions, batch_invariant: bool
+    ) -> int:
         """The number of rows, measured and said where it was left to us."""
         self.batch_size_choice: BatchSizeChoice | None = None
         if not isinstance(asked, str):
             return asked
-        self.batch_size_choice = choose_batch_size(self.loaded, **setting)
+        self.batch_size_choice = choose_batch_size(
+            self.loaded,
+            memory_budget=budget,
+            kv_options=kv_options,
+            batch_invariant=batch_invariant,
+        )
         print(self.batch_size_choice, file=sys.stderr)
         return self.batch_size_choice.max_batch_size
 
@@ -307,8 +307,10 @@ class LLM:
             raise ValueError(f"request id {request.request_id!r} is in flight already")
         text, token_ids = request.prompt.text, list(request.prompt.token_ids or ())
         params = request.params
-        if params.seed is None:
-            params = replace(params, seed=self.seed)
+        if params.seed is None or params.echo:
+            seed = self.seed if params.seed is None else params.seed
+            asked = params.num_prompt_logprobs
+            params = replace(params, seed=seed, prompt_logprobs=asked, echo=False)
         try:
             text, token_ids = encode_prompt(request.prompt, self.tokenizer)
             self.engine.add(
@@ -357,6 +359,8 @@ class LLM:
             output.prompt_token_logprobs = scored
             prompt_token_ids = output.prompt_token_ids
             output.prompt_logprobs = self._texts.prompt_logprobs(scored, prompt_token_ids)
+        if params.echo:
+            self._texts.echo(output)
         return self._pending.pop(completion.request_id).output
 
     def _abort_pending(self) -> None:

@@ -10,10 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
-    | {"device_memory", "run_log", "trackers"},
+    | {"device_memory", "run_log", "text_offsets", "trackers"},
     {"batch_size", "identity", "openai", "status", "texts", "watch"},
     {"llm"},
-    {"report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
+    {"certificate", "report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
     {"job", "documents", "choices"},
     {"scoring_run"},
     {"jobs"},
