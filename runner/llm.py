@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,24 +86,23 @@ class LLM:
             )
         if model.blas.warning is not None:
             warnings.warn(model.blas.warning, stacklevel=2)
-        self.loaded = model
-        self.model = model.model
-        self.tokenizer = model.tokenizer
+        self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
         self.seed = seed
         self._texts = Texts(model.tokenizer)
         budget = default_memory_budget() if budget is None else budget
-        size = self._settled_batch_size(max_batch_size, budget)
+        kv_options = KVOptions(
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            max_kv_size=max_kv_size,
+        )
+        size = self._settled_batch_size(max_batch_size, budget, kv_options, batch_invariant)
         make_engine = partial(
             Engine,
             model.model,
             memory_budget=budget,
             prefix_cache_bytes=prefix_cache_bytes,
-            kv_options=KVOptions(
-                kv_bits=kv_bits,
-                kv_group_size=kv_group_size,
-                quantized_kv_start=quantized_kv_start,
-                max_kv_size=max_kv_size,
-            ),
+            kv_options=kv_options,
             max_model_len=model.max_model_len,
             eos_token_ids=model.tokenizer.eos_token_ids,
             decode=self._texts.decode,
@@ -114,12 +114,19 @@ class LLM:
         self._num_calls = 0
         self._pending: dict[str, _Pending] = {}
 
-    def _settled_batch_size(self, asked: int | str, memory_budget: int) -> int:
+    def _settled_batch_size(
+        self, asked: int | str, budget: int, kv_options: KVOptions, batch_invariant: bool
+    ) -> int:
         """The number of rows, measured and said where it was left to us."""
         self.batch_size_choice: BatchSizeChoice | None = None
         if not isinstance(asked, str):
             return asked
-        self.batch_size_choice = choose_batch_size(self.loaded, memory_budget=memory_budget)
+        self.batch_size_choice = choose_batch_size(
+            self.loaded,
+            memory_budget=budget,
+            kv_options=kv_options,
+            batch_invariant=batch_invariant,
+        )
         print(self.batch_size_choice, file=sys.stderr)
         return self.batch_size_choice.max_batch_size
 
@@ -240,8 +247,12 @@ class LLM:
                 for completion in self.engine.step():
                     if output := self._finish(completion):
                         yield output
-        finally:
-            self._abort_pending()
+        except BaseException:
+            # An engine that failed may fail again, and that is not to hide why.
+            with suppress(Exception):
+                self._abort_pending()
+            raise
+        self._abort_pending()
 
     def check(self, params: SamplingParams) -> None:
         """Raises ParameterError where no request can be sampled as `params` say."""

@@ -10,14 +10,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
-    | {"device_memory", "overrides", "run_log", "text_offsets", "trackers"},
+    | {"device_memory", "run_log", "text_offsets", "trackers"},
     {"batch_size", "identity", "openai", "status", "texts", "watch"},
     {"llm"},
     {"certificate", "report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
     {"job", "documents", "choices"},
     {"scoring_run", "sweeps"},
     {"jobs"},
-    {"cli", "arguments", "composition", "config_errors", "help", "multirun"},
+    {"cli", "arguments", "composition", "config_errors", "help", "multirun", "overrides"},
 ]
 FOUNDATION, COMMAND_LINE = LEVELS[0], LEVELS[-1]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
