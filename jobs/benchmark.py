@@ -46,8 +46,6 @@ def benchmark(
     if picture:
         check_matplotlib()
     before = read_baseline(baseline) if baseline is not None else None
-    if config.lora.path is not None or config.lora.adapters:
-        raise ParameterError("lora is not allowed: benchmark times the model as it is")
     file = Path(config.output.dir) / _RESULT_FILE
     if file.exists():
         if load_model is not None and json.loads(file.read_text()).get("command") == _command():

@@ -74,7 +74,7 @@ def grpo(
     total = steps * prompts_per_step
     context = RunContext(config, fields=_FIELDS, total=total, load_model=load_model)
     check_sampling(context.params, kl_coefficient=kl_coefficient)
-    _check_options(config, context, picture=picture)
+    _check_options(config, picture=picture)
     reward = instantiate(config.reward)
     if context.complete:
         return
@@ -102,14 +102,11 @@ def grpo(
         draw({"": read_metrics(context.directory / METRICS_FILE)}, context.directory)
 
 
-def _check_options(config: DictConfig, context: RunContext, *, picture: bool) -> None:
+def _check_options(config: DictConfig, *, picture: bool) -> None:
     """Refuses a run that could not begin or end."""
     if picture and find_spec("matplotlib") is None:
         what = "pip install 'mlx-runner[plots]', or choose job.picture=false"
         raise ParameterError(f"job.picture=true needs matplotlib: {what}")
-    if context.lora.paths:
-        what = "grpo trains the one adapter there is, from nothing"
-        raise ParameterError(f"lora is not allowed: {what}; leave it out")
     if config.reward is None:
         raise ParameterError("grpo needs a reward: reward=word_limit, or runner --help")
 

@@ -25,21 +25,10 @@ from runner.models.token_bytes import TokenBytes
 from runner.openai.errors import ApiError
 from runner.openai.requests import KNOWN_URLS, ApiRequest, parameter_error, parse_request
 from runner.openai.responses import check_outputs, response_body, usage
-from runner.overrides import refuse_others
 from runner.run_log import public_options
 from runner.types import ErrorInfo, PromptRequest, RequestOutput, SamplingParams
 from runner.watch import State, Watch
 
-_OPTIONS = (
-    "model",
-    "engine",
-    "sampling",
-    "lora",
-    "tracker",
-    "data.path",
-    "output.dir",
-    "output.max_error_rate",
-)
 _DECIDING_GROUPS = ("job", "model", "sampling")
 
 
@@ -56,7 +45,6 @@ def openai_batch(
     another. `sampling` has the values of the fields that a line leaves out. `load_model` is the
     sweep's, if it is in one.
     """
-    refuse_others("openai_batch", _OPTIONS)
     plain = _plain(config)
     defaults = _defaults(plain)
     lora = LoraOptions.of(plain["lora"])

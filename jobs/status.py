@@ -4,12 +4,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from runner.overrides import refuse_others
 from runner.status import as_json, as_lines, read_status
 
 
 def status(config: DictConfig, *, json: bool = False) -> None:
     """Reads `output.dir`; `json` prints one line for programs instead of a table."""
-    refuse_others("status", ["output.dir"])
     found = read_status(Path(config.output.dir))
     print(as_json(found) if json else "\n".join(as_lines(found)))

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from runner.models.load import LoadedModel  # First: it loads the BLAS, then mlx
 import mlx.core as mx
 
 from runner.engine.engine import Engine
+from runner.engine.kv_options import KVOptions
 from runner.errors import ParameterError
 from runner.types import Request, SamplingParams
 
@@ -28,6 +29,7 @@ _MIN_GAIN = 1.05
 _PROMPT_TOKENS = 128
 _WARM_UP_STEPS = 2
 _STEPS = 6
+_NUM_STEPS = _WARM_UP_STEPS + _STEPS + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +58,68 @@ def check_batch_size(value: object) -> None:
 
 
 def settled_batch_size(
-    asked: int | str, loaded: LoadedModel, memory_budget: int
+    asked: int | str,
+    loaded: LoadedModel,
+    *,
+    memory_budget: int | None,
+    kv_options: KVOptions,
+    batch_invariant: bool,
 ) -> tuple[int, BatchSizeChoice | None]:
     """The number of rows; measured, said and returned as well where that was left to us."""
     if not isinstance(asked, str):
         return asked, None
-    choice = choose_batch_size(loaded, memory_budget=memory_budget)
+    choice = choose_batch_size(
+        loaded,
+        memory_budget=memory_budget,
+        kv_options=kv_options,
+        batch_invariant=batch_invariant,
+    )
     print(choice, file=sys.stderr)
     return choice.max_batch_size, choice
 
 
-def choose_batch_size(loaded: LoadedModel, *, memory_budget: int | None) -> BatchSizeChoice:
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What the speed of decode depends on, and the bytes of a row."""
+
+    loaded: LoadedModel
+    kv_options: KVOptions
+    batch_invariant: bool
+    """The engine is the same; the kernels of the process are pinned."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of each row before decode is timed."""
+        return max(1, min(_PROMPT_TOKENS, self.loaded.max_model_len - _NUM_STEPS))
+
+    def engine(self, size: int, *, memory_budget: int | None = None) -> Engine:
+        """An engine for so many rows, as the run's will be."""
+        return Engine(
+            self.loaded.model,
+            max_batch_size=size,
+            prefix_cache_bytes=0,
+            memory_budget=memory_budget,
+            kv_options=self.kv_options,
+        )
+
+
+def choose_batch_size(
+    loaded: LoadedModel,
+    *,
+    memory_budget: int | None,
+    kv_options: KVOptions | None = None,
+    batch_invariant: bool = False,
+) -> BatchSizeChoice:
     """The batch size from which on more rows give hardly more tokens a second.
 
     What was measured is kept in the user's cache directory, unless memory ended the measurement.
     """
-    place = _cache_file(loaded)
+    setting = _Setting(loaded, kv_options or KVOptions(), batch_invariant)
+    place = _cache_file(setting)
     if (curve := _read(place)) is not None:
         return BatchSizeChoice(_best(curve), curve, remembered=True)
-    sizes = list(_sizes_that_fit(loaded, memory_budget))
-    curve = measure_curve(lambda size: _decode_speed(loaded, size), sizes)
+    sizes = list(_sizes_that_fit(setting, memory_budget))
+    curve = measure_curve(lambda size: _decode_speed(setting, size), sizes)
     if len(sizes) == len(SIZES) or len(curve) < len(sizes):
         _write(place, curve)
     return BatchSizeChoice(_best(curve), curve)
@@ -103,31 +147,17 @@ def _best(curve: dict[int, float]) -> int:
     return best
 
 
-def _sizes_that_fit(loaded: LoadedModel, memory_budget: int | None) -> Iterable[int]:
-    engine = _engine(loaded, 1, memory_budget=memory_budget)
-    most = max(1, engine.memory.max_rows(_prompt_length(loaded) + _num_steps(loaded)))
+def _sizes_that_fit(setting: _Setting, memory_budget: int | None) -> Iterable[int]:
+    engine = setting.engine(1, memory_budget=memory_budget)
+    most = max(1, engine.memory.max_rows(setting.prompt_length + _NUM_STEPS))
     return (size for size in SIZES if size <= most)
 
 
-def _prompt_length(loaded: LoadedModel) -> int:
-    return max(1, min(_PROMPT_TOKENS, loaded.max_model_len - _WARM_UP_STEPS - _STEPS - 1))
-
-
-def _num_steps(loaded: LoadedModel) -> int:
-    return _WARM_UP_STEPS + _STEPS + 1
-
-
-def _engine(loaded: LoadedModel, size: int, *, memory_budget: int | None = None) -> Engine:
-    return Engine(
-        loaded.model, max_batch_size=size, prefix_cache_bytes=0, memory_budget=memory_budget
-    )
-
-
-def _decode_speed(loaded: LoadedModel, size: int) -> float:
+def _decode_speed(setting: _Setting, size: int) -> float:
     """Tokens a second of `size` rows decoded together, sampling included."""
-    engine = _engine(loaded, size)
-    params = SamplingParams(n=size, max_tokens=_num_steps(loaded), ignore_eos=True, seed=0)
-    prompt = [1] * _prompt_length(loaded)
+    engine = setting.engine(size)
+    params = SamplingParams(n=size, max_tokens=_NUM_STEPS, ignore_eos=True, seed=0)
+    prompt = [1] * setting.prompt_length
     engine.add(Request(request_id="", prompt_token_ids=prompt, params=params, key=""))
     while engine.stats.num_steps < _WARM_UP_STEPS:
         engine.step()
@@ -137,14 +167,15 @@ def _decode_speed(loaded: LoadedModel, size: int) -> float:
     return size * _STEPS / (time.perf_counter() - started)
 
 
-def _cache_file(loaded: LoadedModel) -> Path:
-    """Where the curve of this model on this device, with these libraries, is kept."""
+def _cache_file(setting: _Setting) -> Path:
+    """Where the curve of this model on this device, with these libraries and options, is kept."""
     directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    digest = hashlib.blake2b(json.dumps(_identity(loaded)).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps(_identity(setting)).encode(), digest_size=16)
     return directory / "runner" / "batch_size" / f"{digest.hexdigest()}.json"
 
 
-def _identity(loaded: LoadedModel) -> list[Any]:
+def _identity(setting: _Setting) -> list[Any]:
+    loaded = setting.loaded
     path = Path(loaded.path).resolve()
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     weights = [it for it in files if it.suffix in (".safetensors", ".gguf", ".json")]
@@ -156,6 +187,7 @@ def _identity(loaded: LoadedModel) -> list[Any]:
         [loaded.device, info.get("device_name"), info.get("architecture"), os.cpu_count()],
         [loaded.blas.name, os.environ.get("OPENBLAS_NUM_THREADS")],
         [version("mlx"), version("mlx-lm")],
+        [asdict(setting.kv_options), setting.batch_invariant, setting.prompt_length],
     ]
 
 

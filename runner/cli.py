@@ -20,12 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner import __version__
 from runner.arguments import MULTIRUN, Arguments, parse_arguments
-from runner.composition import POSITIONAL, choices, positionals, register, unknown_keys
+from runner.composition import POSITIONAL, USES, choices, positionals, register, unknown_keys
 from runner.config_errors import explain
 from runner.errors import OutputError, ParameterError, StoppedError, UsageError
 from runner.help import job_help, program_help
 from runner.models.blas import load_blas, pin_kernels
 from runner.multirun import Multirun
+from runner.overrides import refuse_others
 
 
 def main() -> None:
@@ -124,12 +125,16 @@ def _load_job(config: DictConfig, given: Mapping[str, Any]) -> Callable[[DictCon
         raise ParameterError(f"{missing[0]} has no value: give {missing[0]}=...")
     with open_dict(config.job):
         config.job.pop(POSITIONAL, None)
+        uses = config.job.pop(USES, None)
+    chosen, overrides = HydraConfig.get().runtime.choices["job"], HydraConfig.get().overrides
+    if uses is not None:
+        refuse_others(chosen, uses, overrides.task)
     job: partial[None] = instantiate(config.job, _partial_=True)
     taken = {name: it for name, it in given.items() if name in signature(job.func).parameters}
     try:
         signature(job.func).bind(*job.args, config, **job.keywords, **taken)
     except TypeError as error:
-        raise ParameterError(f"job={HydraConfig.get().runtime.choices['job']}: {error}") from error
+        raise ParameterError(f"job={chosen}: {error}") from error
     return partial(job, **taken)
 
 

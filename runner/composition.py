@@ -22,6 +22,9 @@ SCHEMA = "_schema_"
 POSITIONAL = "_positional_"
 """The key of a job's configuration that names the option which a bare word after the job gives, as
 in `runner status DIR`."""
+USES = "_uses_"
+"""The key of a job's configuration that lists the groups and options it heeds, and with a minus
+those of a group that it does not; a job without it heeds all."""
 
 
 class WorkingDirectory(SearchPathPlugin):

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from runner import __version__, config
-from runner.composition import choices
+from runner.composition import USES, choices
+from runner.overrides import heeds
 
 WIDTH = 80
 
@@ -58,10 +60,12 @@ def job_help(job: str, overrides: list[str]) -> str:
         composed = hydra.compose("config", overrides, return_hydra_config=True)
     chosen = composed.hydra.runtime.choices
     files = choices()
+    uses = composed.job.get(USES)
     parts = [textwrap.fill(f"runner {job}: {description(files['job'][chosen.job])}", WIDTH)]
     for group in ("job", *(name for name in files if name != "job")):
-        lines = _options(group, composed[group], files[group][chosen[group]])
-        parts.append("\n".join([f"{group}={chosen[group]}", *lines]))
+        lines = _options(group, composed[group], files[group][chosen[group]], uses)
+        if lines or heeds(uses, group):
+            parts.append("\n".join([f"{group}={chosen[group]}", *lines]))
     return "\n\n".join(parts)
 
 
@@ -71,13 +75,15 @@ def description(path: Path) -> str:
     return found[1] if found else ""
 
 
-def _options(group: str, node: DictConfig | None, path: Path) -> list[str]:
+def _options(
+    group: str, node: DictConfig | None, path: Path, uses: Collection[str] | None
+) -> list[str]:
     if node is None:
         return []
     documented = _field_docs(OmegaConf.get_type(node)) or _key_comments(path)
     lines: list[str] = []
     for key, value in OmegaConf.to_container(node).items():  # type: ignore[union-attr]
-        if not str(key).startswith("_"):
+        if not str(key).startswith("_") and heeds(uses, f"{group}.{key!s}"):
             lines.append(_shortened(f"  {group}.{key!s}={json.dumps(value, ensure_ascii=False)}"))
             lines += _wrapped(documented.get(str(key), ""))
     return lines
@@ -102,9 +108,9 @@ def _field_docs(schema: Any) -> dict[str, str]:
 
 
 def _key_comments(path: Path) -> dict[str, str]:
-    """The comment line above each key of a configuration file."""
-    found = re.findall(r"^ *# (.*)\n *(\w+):", path.read_text(), re.MULTILINE)
-    return {key: comment for comment, key in found}
+    """The comment above each key of a configuration file, of one line or several."""
+    found = re.findall(r"((?:^ *# .*\n)+) *(\w+):", path.read_text(), re.MULTILINE)
+    return {key: re.sub(r"(?m)^ *# ", "", comment) for comment, key in found}
 
 
 def _entry(name: str, text: str, width: int) -> str:

@@ -12,9 +12,11 @@ _ENGINE_OPTIONS = (
 """What of `engine` decides results, the last one their last bits; of `output` and `tracker`,
 nothing does."""
 
-_NOT_DECIDING = ("model.path", "model.revision", "job.retry_errors", "job.certify")
+_NOT_DECIDING = (
+    "model.path", "model.revision", "job.retry_errors", "job.certify", "job._uses_"
+)  # fmt: skip
 """Where the weights lie decides nothing: `model.weights`, their digest, stands for them. Nor does
-which rows are done again, or scored again when all are done."""
+which rows are done again, or scored again when all are done, or what the command line takes."""
 
 
 def identity(config: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any]:

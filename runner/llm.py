@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,19 +90,26 @@ class LLM:
         self.seed = seed
         self._texts = Texts(model.tokenizer)
         budget = default_memory_budget() if budget is None else budget
-        size, self.batch_size_choice = settled_batch_size(max_batch_size, model, budget)
+        kv_options = KVOptions(
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            max_kv_size=max_kv_size,
+        )
+        size, self.batch_size_choice = settled_batch_size(
+            max_batch_size,
+            model,
+            memory_budget=budget,
+            kv_options=kv_options,
+            batch_invariant=batch_invariant,
+        )
         make_engine = partial(
             Engine,
             model.model,
             memory_budget=budget,
             prefix_cache_bytes=prefix_cache_bytes,
             max_adapters=max_adapters,
-            kv_options=KVOptions(
-                kv_bits=kv_bits,
-                kv_group_size=kv_group_size,
-                quantized_kv_start=quantized_kv_start,
-                max_kv_size=max_kv_size,
-            ),
+            kv_options=kv_options,
             max_model_len=model.max_model_len,
             eos_token_ids=model.tokenizer.eos_token_ids,
             decode=self._texts.decode,
@@ -249,8 +257,12 @@ class LLM:
                 for completion in self.engine.step():
                     if output := self._finish(completion):
                         yield output
-        finally:
-            self._abort_pending()
+        except BaseException:
+            # An engine that failed may fail again, and that is not to hide why.
+            with suppress(Exception):
+                self._abort_pending()
+            raise
+        self._abort_pending()
 
     @property
     def weight_version(self) -> int:

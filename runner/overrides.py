@@ -1,8 +1,6 @@
-"""What was said on the command line, for jobs to refuse what they would not heed."""
+"""What was said on the command line, to refuse what a job would not heed."""
 
-from collections.abc import Collection
-
-from hydra.core.hydra_config import HydraConfig
+from collections.abc import Collection, Iterable
 
 from runner.errors import ParameterError
 
@@ -10,16 +8,18 @@ _ALWAYS = ("job", "hydra", "data=custom")
 """The last one is what the command line makes of a `data.path`."""
 
 
-def refuse_others(job: str, allowed: Collection[str]) -> None:
-    """Raises `ParameterError` for an option on the command line that a job takes no notice of.
+def heeds(uses: Collection[str] | None, name: str) -> bool:
+    """Whether a job heeds a group or an option; `uses` is the list in its configuration."""
+    if uses is None or name.partition(".")[0] == "job":
+        return True
+    return f"-{name}" not in uses and bool({name, name.partition(".")[0]} & {*uses})
 
-    `allowed` has the groups and options that it does; `job` itself may always be set.
-    """
-    if not HydraConfig.initialized():
-        return
-    for override in HydraConfig.get().overrides.task:
+
+def refuse_others(job: str, uses: Collection[str], overrides: Iterable[str]) -> None:
+    """Raises `ParameterError` for an override that a job takes no notice of."""
+    for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         names = {override, key, key.partition(".")[0]}
-        if not names & {*allowed, *_ALWAYS}:
-            listed = ", ".join(allowed)
+        if not names & {*uses, *_ALWAYS}:
+            listed = ", ".join(name for name in uses if not name.startswith("-"))
             raise ParameterError(f"{key} means nothing to {job}; it takes {listed} and job")

@@ -2,7 +2,6 @@
 
 import io
 import sys
-from types import TracebackType
 
 from tqdm import tqdm
 
@@ -68,10 +67,5 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *of: object) -> None:
         self.close()

@@ -11,7 +11,6 @@ import statistics
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from runner.errors import RewardError
@@ -128,12 +127,7 @@ class RewardRunner:
     def __enter__(self) -> "RewardRunner":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *of: object) -> None:
         self.close()
 
     def _run(self) -> None:

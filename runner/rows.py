@@ -92,7 +92,7 @@ class RowNamer:
 def check_ids(dataset: Dataset) -> None:
     """Raises DataError that shows rows which share an id, or have none, by id and row number.
 
-    Reads the data once, and keeps 20 bytes a row; once more to find the other row of each pair.
+    Reads the data once, and once more to find the other row of each pair.
     """
     column, seen = dataset.id_column, DigestCounts()
     assert column is not None, "there are ids to check"

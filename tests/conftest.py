@@ -12,6 +12,9 @@ from runner.models.blas import load_blas
 if TYPE_CHECKING:
     from runner import LLM
 
+# Workers side by side are the threads; more of each one's own only make them wait.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
 load_blas()
 settings.register_profile(
     "runner", deadline=None, max_examples=20, derandomize="CI" in os.environ, print_blob=True
@@ -33,3 +36,18 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_files import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tiny_place(tmp_path: Path, tiny_directory: Path) -> Path:
+    """A working directory with that model as `tiny`."""
+    (tmp_path / "tiny").symlink_to(tiny_directory)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_directory: Path) -> "LLM":
+    """That model, loaded."""
+    from runner import LLM
+
+    return LLM(tiny_directory)

@@ -4,6 +4,7 @@ As a program, it reads `[directory, argument, ...]` as lines of JSON, runs each 
 run in that directory, and answers with the exit code, what was printed and what was complained.
 """
 
+import atexit
 import json
 import os
 import subprocess
@@ -42,11 +43,38 @@ class ForkedCommands:
         done = self.run(*arguments, cwd=cwd)
         assert done.returncode == 2, (done.returncode, done.stderr)
         (line,) = done.stderr.strip().splitlines()
+        assert line.startswith("error: ")
         return line
 
     def close(self) -> None:
         """Ends the process; it has no run left."""
         self._process.communicate()
+
+
+_STARTED: list[ForkedCommands] = []
+
+
+def _commands() -> ForkedCommands:
+    """One process for all tests of this one, from the first command line on."""
+    if not _STARTED:
+        _STARTED.append(ForkedCommands())
+        atexit.register(_STARTED[0].close)
+    return _STARTED[0]
+
+
+def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """One command line."""
+    return _commands().run(*arguments, cwd=cwd)
+
+
+def succeed(*arguments: str, cwd: Path) -> str:
+    """What a run that has to succeed prints on stdout."""
+    return _commands().succeed(*arguments, cwd=cwd)
+
+
+def refused(*arguments: str, cwd: Path) -> str:
+    """The one line that a run with a user's mistake prints before it leaves with 2."""
+    return _commands().refused(*arguments, cwd=cwd)
 
 
 def _run(directory: str, *arguments: str) -> int:
@@ -94,6 +122,9 @@ def import_everything() -> None:
 
     import runner.jobs.generate
     import runner.jobs.merge
+    import runner.jobs.perplexity
+    import runner.jobs.rollout
+    import runner.jobs.score
     import runner.models.weights  # noqa: F401
 
     # pyarrow imports pandas, where it is installed, with the first conversion.

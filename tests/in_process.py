@@ -6,6 +6,7 @@ from typing import Any
 import hydra
 import polars as pl
 from hydra.utils import instantiate
+from omegaconf import DictConfig, open_dict
 
 from runner import composition
 
@@ -16,8 +17,15 @@ def run_job(job: str, place: Path, *overrides: str, out: str = "out") -> pl.Data
     options = [f"job={job}", f"model.path={place / 'tiny'}", f"output.dir={place / out}"]
     with hydra.initialize_config_module("runner.conf", version_base="1.3"):
         config = hydra.compose("config", [*options, "model=custom", *overrides])
-    instantiate(config.job)(config)
+    run_config(config)
     return rows_of(place / out)
+
+
+def run_config(config: DictConfig) -> None:
+    """Runs the job of a composed configuration."""
+    with open_dict(config.job):
+        config.job.pop(composition.USES, None)
+    instantiate(config.job)(config)
 
 
 def rows_of(directory: Path) -> pl.DataFrame:

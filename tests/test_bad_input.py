@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import command_line
 import pytest
-from command_line import refused, results, succeed, write_jsonl
+from command_line import results, write_jsonl
+from forked_cli import refused, succeed
 
 
 @pytest.fixture
@@ -75,12 +77,12 @@ def test_a_mistake_is_one_line(place, arguments, words):
 
 
 def test_a_hub_id_without_network_is_one_line(place):
-    line = refused(
+    line = command_line.refused(
         "generate", *DATA, "output.dir=out", "model.path=some-org/some-model",
         cwd=place, HF_HUB_OFFLINE="1",
     )  # fmt: skip
     assert "some-org/some-model" in line
-    line = refused(
+    line = command_line.refused(
         *BASE, "data.path=some-org/some-data", cwd=place, HF_HUB_OFFLINE="1",
         HF_DATASETS_OFFLINE="1",
     )  # fmt: skip

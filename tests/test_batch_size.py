@@ -6,6 +6,7 @@ import pytest
 
 from runner import LLM, batch_size
 from runner.batch_size import SIZES, choose_batch_size, measure_curve
+from runner.engine.kv_options import KVOptions
 from runner.errors import ParameterError
 from runner.models.load import load_model
 
@@ -22,12 +23,16 @@ def loaded(tiny_directory):
     return load_model(str(tiny_directory))
 
 
+def setting(loaded, **options):
+    return batch_size._Setting(loaded, KVOptions(**options), False)
+
+
 @pytest.fixture
 def speeds(monkeypatch):
     """Sizes that are measured from here on, at a speed that levels off at 8 rows."""
     measured = []
 
-    def speed(loaded, size):
+    def speed(setting, size):
         measured.append(size)
         return 100.0 * min(size, 8)
 
@@ -94,8 +99,43 @@ def test_another_device_or_other_weights_are_measured_apart(loaded, speeds, tmp_
     assert not choose_batch_size(changed, memory_budget=None).remembered
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kv_options": KVOptions(kv_bits=4, kv_group_size=32)},
+        {"kv_options": KVOptions(kv_bits=8, kv_group_size=32)},
+        {"kv_options": KVOptions(kv_bits=8, kv_group_size=64)},
+        {"kv_options": KVOptions(kv_bits=8, kv_group_size=32, quantized_kv_start=64)},
+        {"kv_options": KVOptions(max_kv_size=32)},
+        {"batch_invariant": True},
+    ],
+    ids=str,
+)
+def test_other_options_of_keys_and_values_or_pinned_kernels_are_measured_apart(
+    loaded, speeds, change, monkeypatch
+):
+    monkeypatch.setattr(batch_size, "_sizes_that_fit", lambda setting, budget: SIZES)
+    choose_batch_size(loaded, memory_budget=None)
+    assert not choose_batch_size(loaded, memory_budget=None, **change).remembered
+    assert choose_batch_size(loaded, memory_budget=None, **change).remembered
+    assert choose_batch_size(loaded, memory_budget=None).remembered
+
+
+def test_a_shorter_context_is_measured_apart(loaded, speeds):
+    choose_batch_size(loaded, memory_budget=None)
+    short = replace(loaded, max_model_len=64)
+    assert not choose_batch_size(short, memory_budget=None).remembered
+
+
+def test_what_is_measured_keeps_keys_and_values_as_the_run_will(loaded):
+    plain, bounded = (setting(loaded, **options) for options in ({}, {"max_kv_size": 32}))
+    tokens = plain.prompt_length + 9
+    sizes = [it.engine(1).memory.batch_bytes(64, tokens) for it in (plain, bounded)]
+    assert sizes[1] < sizes[0]
+
+
 def test_memory_bounds_what_is_tried_and_that_is_not_remembered(loaded, speeds, cache):
-    engine = batch_size._engine(loaded, 1)
+    engine = setting(loaded).engine(1)
     budget = engine.memory.batch_bytes(5, 160)
     choice = choose_batch_size(loaded, memory_budget=budget)
     assert speeds == [1, 2, 4] and choice.max_batch_size == 4
@@ -103,11 +143,13 @@ def test_memory_bounds_what_is_tried_and_that_is_not_remembered(loaded, speeds, 
 
 
 def test_measures_the_decode_of_a_real_engine(loaded):
-    assert batch_size._decode_speed(loaded, 4) > 0
+    assert batch_size._decode_speed(setting(loaded), 4) > 0
 
 
 def test_auto_is_what_the_engine_runs_with_and_says_so(tiny_directory, speeds, capsys):
     llm = LLM(tiny_directory, max_batch_size="auto")
+    other = LLM(tiny_directory, max_batch_size="auto", max_kv_size=32)
+    assert not other.batch_size_choice.remembered
     assert llm.engine.max_batch_size == llm.batch_size_choice.max_batch_size == 8
     assert capsys.readouterr().err.startswith("max_batch_size=auto: 8 (")
     assert LLM(tiny_directory).batch_size_choice is None

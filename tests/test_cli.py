@@ -275,6 +275,27 @@ def test_the_help_of_a_job_documents_every_option(workplace: Path) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_the_help_of_a_job_has_the_options_that_it_heeds_and_others_are_refused(
+    workplace: Path,
+) -> None:
+    uses = "_uses_: [engine, -engine.kv_bits, sampling.n, output.dir]\n"
+    text = "# Two lines say\n# what it is for.\nlong: 1\n"
+    job = workplace / "conf" / "job" / "mine.yaml"
+    job.write_text(MY_CONF + uses)
+    assert "answer 42 n 3" in runner("mine", "sampling.n=3", cwd=workplace).stdout
+    line = "sampling.top_k means nothing to mine; it takes engine, sampling.n, output.dir and job"
+    assert refused("mine", "sampling.top_k=3", cwd=workplace) == line
+    assert refused("mine", "tracker=wandb", cwd=workplace).startswith("tracker means nothing")
+    job.write_text(MY_CONF + text + uses)
+    shown = runner("mine", "--help", cwd=workplace).stdout.splitlines()
+    options = [line.partition("=")[0].strip() for line in shown if re.match(r" {2}\w", line)]
+    others = {it for it in options if not it.startswith("engine.")}
+    assert others == {"job.answer", "job.fail", "job.long", "sampling.n", "output.dir"}
+    assert "engine.max_batch_size" in options and "engine.kv_bits" not in options
+    assert not any(line.startswith(("model=", "data=", "tracker=")) for line in shown)
+    assert shown[shown.index("  job.long=1") + 1].strip() == "Two lines say what it is for."
+
+
 @pytest.mark.parametrize("words", [["--help"], ["rollout", "--help"], ["rollout", "--cfg", "job"]])
 def test_nothing_heavy_is_imported_without_a_run(words: list[str], tmp_path: Path) -> None:
     code = f"""

@@ -11,7 +11,7 @@ import pytest
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from runner import composition
+from runner import composition, help
 from runner.config import Config, EngineConfig, ModelConfig, SamplingConfig
 from runner.types import SamplingParams
 
@@ -74,6 +74,21 @@ def test_every_target_exists_and_takes_its_options(choice: str) -> None:
         given = {str(key) for key in node if not str(key).startswith("_")}
         open_ended = any(it.kind is it.VAR_KEYWORD for it in taken.values())
         assert open_ended or given <= set(taken), f"{node['_target_']} has no {given - set(taken)}"
+
+
+@pytest.mark.parametrize("choice", [it for it in CHOICES if it.startswith("job=")])
+def test_what_a_job_heeds_is_there(choice: str) -> None:
+    config = composed(choice)
+    for name in config.job.get(composition.USES) or ():
+        group, _, key = name.lstrip("-").partition(".")
+        assert group in config and (not key or key in config[group]), name
+        assert not name.startswith("-") or group in config.job[composition.USES], name
+
+
+def test_comments_of_several_lines_are_whole_in_the_help() -> None:
+    shown = " ".join(help.job_help("benchmark", ["job=benchmark"]).split())
+    assert "job.rounds=3 Rounds of each side, in turn, after one to warm up." in shown
+    assert " Of group (GRPO: few long prompts, many samples), mixed (HumanEval," in shown
 
 
 @pytest.mark.parametrize("choice", GIVEN)

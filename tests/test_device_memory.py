@@ -1,3 +1,5 @@
+from functools import partial
+
 import mlx.core as mx
 import pytest
 
@@ -38,6 +40,16 @@ def machine(root, files):
     return root
 
 
+def group(names: tuple[str, str, str], path: str, *contents: str) -> dict[str, str]:
+    """The files of a control group."""
+    pairs = zip(names, contents, strict=True)
+    return {f"sys/fs/cgroup/{path}/memory.{name}": f"{content}\n" for name, content in pairs}
+
+
+second_version = partial(group, ("max", "current", "stat"))
+first_version = partial(group, ("limit_in_bytes", "usage_in_bytes", "stat"))
+
+
 def test_without_a_limit_it_is_what_the_host_has(tmp_path):
     assert available_memory(machine(tmp_path, {})) == 6000 * 1024
     none = {"proc/self/cgroup": "0::/job\n", "sys/fs/cgroup/job/memory.max": "max\n"}
@@ -45,33 +57,17 @@ def test_without_a_limit_it_is_what_the_host_has(tmp_path):
 
 
 def test_a_control_group_and_each_above_it_limit_it(tmp_path):
-    group = "sys/fs/cgroup/outer/job"
-    files = {
-        "proc/self/cgroup": "0::/outer/job\n",
-        f"{group}/memory.max": "4000000\n",
-        f"{group}/memory.current": "1500000\n",
-        f"{group}/memory.stat": "anon 7\ninactive_file 500000\n",
-    }
+    job = ("4000000", "1500000", "anon 7\ninactive_file 500000")
+    files = {"proc/self/cgroup": "0::/outer/job\n"} | second_version("outer/job", *job)
     assert available_memory(machine(tmp_path, files)) == 3_000_000
-    outer = {
-        "sys/fs/cgroup/outer/memory.max": "2000000\n",
-        "sys/fs/cgroup/outer/memory.current": "1900000\n",
-        "sys/fs/cgroup/outer/memory.stat": "inactive_file 0\n",
-    }
+    outer = second_version("outer", "2000000", "1900000", "inactive_file 0")
     assert available_memory(machine(tmp_path, outer)) == 100_000
 
 
 def test_the_first_version_of_control_groups_counts_too(tmp_path):
-    group = "sys/fs/cgroup/memory/job"
-    files = {
-        "proc/self/cgroup": "5:cpu,cpuacct:/job\n4:memory:/job\n",
-        f"{group}/memory.limit_in_bytes": "1000000\n",
-        f"{group}/memory.usage_in_bytes": "700000\n",
-        f"{group}/memory.stat": "total_inactive_file 200000\n",
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-        "sys/fs/cgroup/memory/memory.usage_in_bytes": "5\n",
-        "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 0\n",
-    }
+    files = {"proc/self/cgroup": "5:cpu,cpuacct:/job\n4:memory:/job\n"}
+    files |= first_version("memory/job", "1000000", "700000", "total_inactive_file 200000")
+    files |= first_version("memory", "9223372036854771712", "5", "total_inactive_file 0")
     assert available_memory(machine(tmp_path, files)) == 500_000
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
-    | {"device_memory", "overrides", "run_log", "text_offsets", "trackers"},
+    | {"device_memory", "run_log", "text_offsets", "trackers"},
     {"batch_size", "identity", "lora_options", "openai", "prompt_requests", "status", "texts"}
     | {"training", "watch"},
     {"llm"},
@@ -18,7 +18,7 @@ LEVELS = [
     {"job", "documents", "choices"},
     {"scoring_run", "sweeps"},
     {"jobs"},
-    {"cli", "arguments", "composition", "config_errors", "help", "multirun"},
+    {"cli", "arguments", "composition", "config_errors", "help", "multirun", "overrides"},
 ]
 FOUNDATION, COMMAND_LINE = LEVELS[0], LEVELS[-1]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -238,6 +238,17 @@ def test_an_abandoned_or_interrupted_run_leaves_nothing_behind(llm):
     assert len(list(llm.run(requests(2)))) == 2
 
 
+def test_an_error_of_the_engine_is_not_hidden_by_the_next(tiny_directory, monkeypatch):
+    llm, told = LLM(tiny_directory), iter(["first", "second"])
+
+    def step():
+        raise RuntimeError(next(told))
+
+    monkeypatch.setattr(llm.engine, "step", step)
+    with pytest.raises(RuntimeError, match="first"):
+        llm.generate("a", FREE, use_tqdm=False)
+
+
 def test_two_requests_of_one_name_are_refused(llm):
     same = [next(requests(1)), next(requests(1))]
     with pytest.raises(ValueError, match="in flight"):

@@ -5,10 +5,10 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from runner.data.digests import DigestCounts, RowIds
 from runner.data.durable import replace_file, stopping
 from runner.data.line_log import LineLog
 from runner.data.lock import DirectoryLock
@@ -34,8 +34,8 @@ class BatchResults:
 
     `identity` holds the flat options that decide answers. A directory of the same identity is
     continued; another one raises `OutputError`. Lines are told apart by what they ask under which
-    custom_id, so that the input may be extended, cut or put in another order. Two digests of each
-    line that is done are held, about 200 bytes.
+    custom_id, so that the input may be extended, cut or put in another order. The error of a
+    malformed line is as final as an answer: mended, it is another line, of its own.
     """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
@@ -45,8 +45,8 @@ class BatchResults:
         self.num_answers = 0
         self.errors: Counter[str] = Counter()
         """Lines of the error file by their code."""
-        self._done: set[bytes] = set()
-        self._custom_ids: set[bytes] = set()
+        self._done = DigestCounts()
+        self._custom_ids = RowIds()
         self._logs = {name: LineLog(directory / name) for name in (OUTPUT_FILE, ERROR_FILE)}
         self._num_waiting = 0
         self._committed = time.monotonic()
@@ -69,9 +69,9 @@ class BatchResults:
     def is_done(self, line: BatchLine | BadLine) -> bool:
         """Whether a line has its answer or error; `DataError` for another question under a
         custom_id that was answered."""
-        if bytes.fromhex(line.id.rpartition("_")[2]) in self._done:
+        if self._done.get(bytes.fromhex(line.id.rpartition("_")[2])):
             return True
-        if isinstance(line, BatchLine) and _name(line.custom_id) in self._custom_ids:
+        if isinstance(line, BatchLine) and line.custom_id in self._custom_ids:
             raise DataError(
                 f"custom_id {line.custom_id!r}: {self.directory} has the answer to another body "
                 "or url; choose another directory or another custom_id"
@@ -139,13 +139,13 @@ class BatchResults:
     def _read(self) -> None:
         for custom_id, _ in self._own_lines(OUTPUT_FILE):
             self.num_answers += 1
-            self._custom_ids.add(_name(json.loads(custom_id)))
+            self._custom_ids.update([json.loads(custom_id)])
         for _, line in self._own_lines(ERROR_FILE):
             answer = json.loads(line)
             self.errors[answer["error"]["code"]] += 1
             # A bad line does not claim its custom_id, which may be that of another line.
             if answer["response"] is not None:
-                self._custom_ids.add(_name(answer["custom_id"]))
+                self._custom_ids.update([answer["custom_id"]])
 
     def _own_lines(self, name: str) -> Iterator[tuple[bytes, bytes]]:
         """The custom_id, as JSON, and the whole of each line; their ids are taken as done."""
@@ -190,10 +190,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     keys = sorted(before.keys() | now.keys())
     pairs = [(key, *(one.get(key, "not set") for one in shown)) for key in keys]
     return [f"{key}: {old} -> {new}" for key, old, new in pairs if old != new]
-
-
-def _name(custom_id: str) -> bytes:
-    return blake2b(custom_id.encode(), digest_size=16).digest()
 
 
 def _write(file: Any, text: str) -> None:

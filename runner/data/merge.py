@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from runner.data.digests import DIGEST_BYTES, digest
+from runner.data.digests import DigestCounts, DigestTable, digest
 from runner.data.durable import remove_file, rename, replace_file, stopping
 from runner.data.lock import DirectoryLock
 from runner.data.manifest import Manifest
 from runner.data.parts import damage, reading
+from runner.data.scratch import scratch_memory
 from runner.errors import OutputError, ParameterError
 
 MERGED_DIRECTORY = "merged"
@@ -30,7 +30,7 @@ _TEMPORARY = ".merged.tmp"
 _CHUNK_ROWS = 4096
 """Result rows in one record batch or row group, and about what is in memory at once."""
 _OPEN_PARTS = 64
-_LOOKED_UP_ROWS = 8192
+_PLACE = np.dtype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ class Merged:
 def merge(directory: Path, row_ids: Iterable[str], format: MergeFormat) -> Merged:
     """Writes the results of `row_ids`, in that order, to `merged` in their directory.
 
-    It holds about `_CHUNK_ROWS` result rows and 50 bytes per row of the job. Raises OutputError
-    where the directory has no manifest or parts that are not what it says, or is being written;
-    StoppedError where the disk is full.
+    It holds about `_CHUNK_ROWS` result rows, and where each row lies in temporary files. Raises
+    OutputError where the directory has no manifest or parts that are not what it says, or is being
+    written; StoppedError where the disk is full.
     """
     if not directory.is_dir():
         raise OutputError(f"{directory}: is not a directory of results")
@@ -78,12 +78,13 @@ def merge(directory: Path, row_ids: Iterable[str], format: MergeFormat) -> Merge
 
 
 def _merge(directory: Path, row_ids: Iterable[str], format: MergeFormat) -> Merged:
-    index, missing = _Index(directory).ordered(row_ids)
+    index = _Index(directory)
+    missing = index.order(row_ids)
     target = directory / _TEMPORARY
     _clear(target)
     target.mkdir()
     counts = index.counts
-    cuts = _cut(counts, format.rows) if len(counts) else [(0, 0)]
+    cuts = _cut(counts, format.rows or int(counts.sum())) if len(counts) else [(0, 0)]
     for number, (start, end) in enumerate(cuts):
         chunks = partial(_chunks, index, start, end)
         path = target / f"part-{number:05d}.{format.name}"
@@ -115,7 +116,10 @@ def _clear(directory: Path) -> None:
 
 
 class _Index:
-    """Where the groups of a directory lie: the part, the first row in it and the number of rows."""
+    """Where the groups of a directory lie: the part, the first row in it and the number of rows.
+
+    Both by their row ids and, once they have an order, in that order, as (groups, 3) of int32.
+    """
 
     def __init__(self, directory: Path) -> None:
         manifest = Manifest.load(directory)
@@ -126,41 +130,46 @@ class _Index:
         self._directory = directory
         self._parts = manifest.parts
         self._open: OrderedDict[int, pa.Table] = OrderedDict()
-        keys, places = [], []
+        self._by_id = DigestTable(3 * _PLACE.itemsize)
+        self._places: Any = np.empty((0, 3), _PLACE)
         for number, part in enumerate(self._parts):
             if reason := damage(directory, part):
                 mend = "the job's own command makes its rows again"
                 raise OutputError(f"{directory / part.file}: {reason}; {mend}")
             names, starts, counts = _groups(self._table(number))
-            keys.append(np.array([digest(name.encode()) for name in names], f"S{DIGEST_BYTES}"))
-            places.append(np.stack([np.full(len(starts), number), starts, counts]).astype(np.int32))
+            places = np.stack([np.full(len(starts), number), starts, counts], axis=1)
+            for name, place in zip(names, places.astype(_PLACE), strict=True):
+                self._by_id.set(digest(name.encode()), place.tobytes())
         self.schema: pa.Schema = self._table(0).schema
-        self._keys: Any = np.concatenate(keys)
-        order = np.argsort(self._keys)
-        self._keys = self._keys[order]
-        self._places: Any = np.concatenate(places, axis=1)[:, order]
-        self.num_groups = len(order)
+        self.num_groups = len(self._by_id)
 
     @property
     def counts(self) -> Any:
-        """Result rows of each group, int32 (groups,)."""
-        return self._places[2]
+        """Result rows of each group in order, int32 (groups,)."""
+        return self._places[:, 2]
 
-    def ordered(self, row_ids: Iterable[str]) -> tuple["_Index", int]:
-        """Puts the groups in the order of `row_ids`; returns itself and how many have no group."""
-        found, missing, source = [], 0, iter(row_ids)
-        while names := list(islice(source, _LOOKED_UP_ROWS)):
-            wanted = np.array([digest(name.encode()) for name in names], f"S{DIGEST_BYTES}")
-            at = self._keys.searchsorted(wanted).clip(max=len(self._keys) - 1)
-            known = self._keys[at] == wanted
-            found.append(at[known])
-            missing += int((~known).sum())
-        self._places = self._places[:, np.concatenate(found or [np.empty(0, np.int64)])]
-        return self, missing
+    def order(self, row_ids: Iterable[str]) -> int:
+        """Puts the groups in the order of `row_ids`; returns how many of these have no group."""
+        missing, num_found, seen = 0, 0, DigestCounts()
+        places = np.frombuffer(scratch_memory(self.num_groups * 3 * _PLACE.itemsize), _PLACE)
+        places = places.reshape(-1, 3)
+        for name in row_ids:
+            key = digest(name.encode())
+            if seen.add(key):
+                what = f"{name!r} names two rows of the input; give each its own"
+                raise OutputError(f"{self._directory}: {what}")
+            place = self._by_id.get(key)
+            if any(place):
+                places[num_found] = np.frombuffer(place, _PLACE)
+                num_found += 1
+            else:
+                missing += 1
+        self._places = places[:num_found]
+        return missing
 
     def rows(self, start: int, end: int) -> pa.Table:
         """The result rows of the groups from `start` to `end`, in order."""
-        parts, starts, counts = self._places[:, start:end]
+        parts, starts, counts = self._places[start:end].T
         by_part = np.argsort(parts, kind="stable")
         pieces = []
         for number in np.unique(parts):
@@ -197,16 +206,15 @@ def _ranges(starts: Any, counts: Any) -> Any:
     return offsets + np.arange(ends[-1] if len(ends) else 0)
 
 
-def _cut(counts: Any, rows: int | None) -> list[tuple[int, int]]:
+def _cut(counts: Any, rows: int) -> Iterator[tuple[int, int]]:
     """Cuts groups into stretches of at least `rows` rows each, but for the last."""
-    if rows is None:
-        return [(0, len(counts))]
-    ends, cuts, start, before = np.cumsum(counts), [], 0, 0
+    start = 0
     while start < len(counts):
-        end = min(int(ends.searchsorted(before + rows)) + 1, len(counts))
-        cuts.append((start, end))
-        start, before = end, int(ends[end - 1])
-    return cuts
+        # A group has a row at least.
+        ends = np.cumsum(counts[start : start + rows])
+        end = start + min(int(ends.searchsorted(rows)) + 1, len(ends))
+        yield start, end
+        start = end
 
 
 def _chunks(index: _Index, start: int, end: int) -> Iterator[pa.Table]:

@@ -5,12 +5,12 @@ import gzip
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
+from runner.data.digests import DigestCounts
 from runner.errors import DataError
 
 _KEYS = ("custom_id", "method", "url", "body")
@@ -54,8 +54,8 @@ class _Refusal(Exception):
 class BatchFile:
     """A batch file that can be read any number of times, a line at a time.
 
-    Reading holds a digest of each custom_id, about 100 bytes, and of each bad line. Raises
-    `DataError` for a path that is no .jsonl or .jsonl.gz file.
+    Reading holds a digest of each custom_id and of each bad line. Raises `DataError` for a path
+    that is no .jsonl or .jsonl.gz file.
     """
 
     def __init__(self, path: str, *, urls: tuple[str, ...]) -> None:
@@ -69,24 +69,21 @@ class BatchFile:
 
     def __iter__(self) -> Iterator[BatchLine | BadLine]:
         """Yields every line that is not blank; of lines with one custom_id, the first counts."""
-        seen: set[bytes] = set()
-        times: Counter[bytes] = Counter()
+        seen, bad = DigestCounts(), DigestCounts()
         for number, raw in self._lines():
             custom_id: str | None = None
             try:
                 content = _parsed(raw)
                 custom_id = _custom_id(content)
                 line = self._checked(content, custom_id)
-                if (name := _digest(custom_id.encode())) in seen:
+                if seen.add(_digest(custom_id.encode())):
                     what = f"The custom_id {custom_id!r} is that of another line."
                     raise _Refusal("duplicate_custom_id", what, "custom_id")
-                seen.add(name)
                 yield line
             except _Refusal as refusal:
                 # Named by what stands there, and by how often it stood there before.
                 content_digest = _digest(b"bad", raw.strip())
-                place = str(times[content_digest]).encode()
-                times[content_digest] += 1
+                place = str(bad.add(content_digest)).encode()
                 code, message, param = refusal.args
                 yield BadLine(
                     id=_request_id(_digest(content_digest, place)),

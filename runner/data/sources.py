@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from runner.data.formats import BATCH_ROWS, RowFile, reading
 from runner.data.schemas import common_type, conform
+from runner.data.scratch import scratch_memory
 from runner.errors import DataError
 
 SHUFFLE_WINDOW = 65536
@@ -31,8 +32,8 @@ class Source(Protocol):
 class FileSource:
     """The rows of local files, one file after the other.
 
-    Shuffling is a permutation of all rows by numpy's PCG64. It holds 8 bytes per row and
-    `SHUFFLE_WINDOW` rows, and reads the files once per window.
+    Shuffling is a permutation of all rows by numpy's PCG64. It holds `SHUFFLE_WINDOW` rows, the
+    permutation in a temporary file, and reads the files once per window.
     """
 
     def __init__(self, files: Sequence[RowFile]) -> None:
@@ -49,8 +50,7 @@ class FileSource:
         if shuffle_seed is None:
             batches = self._ordered(offset, stop)
         else:
-            generator = np.random.Generator(np.random.PCG64(shuffle_seed))
-            batches = self._picked(generator.permutation(total)[offset:stop])
+            batches = self._picked(_permutation(total, shuffle_seed)[offset:stop])
         for batch in batches:
             yield from batch.to_pylist()
 
@@ -90,6 +90,16 @@ class FileSource:
             if high == len(ascending):
                 break
         return pa.Table.from_batches(pieces, schema=self.schema)
+
+
+def _permutation(total: int, seed: int) -> npt.NDArray[np.int64]:
+    """What `Generator.permutation` makes of a number."""
+    numbers = np.frombuffer(scratch_memory(8 * total), np.int64)
+    for start in range(0, total, SHUFFLE_WINDOW):
+        end = min(start + SHUFFLE_WINDOW, total)
+        numbers[start:end] = np.arange(start, end)
+    np.random.Generator(np.random.PCG64(seed)).shuffle(numbers)
+    return numbers
 
 
 def _unified(files: Sequence[RowFile]) -> pa.Schema:

@@ -84,6 +84,18 @@ def test_lines_may_come_go_and_move_between_runs(tmp_path: Path) -> None:
     assert sorted(names) == ["a", "b", "c"]
 
 
+def test_a_malformed_line_that_is_mended_is_another_line(tmp_path: Path) -> None:
+    lines = batch(tmp_path, "a", "b")
+    whole = lines.path.read_text()
+    lines.path.write_text(whole.replace("POST", "GET", 1))
+    assert answered(tmp_path, lines) == ["a", "b"]
+    assert answered(tmp_path, lines) == [], "its error is final"
+    lines.path.write_text(whole)
+    assert answered(tmp_path, lines) == ["a"]
+    assert [row["custom_id"] for row in rows(tmp_path, OUTPUT_FILE)] == ["b", "a"]
+    assert [row["error"]["code"] for row in rows(tmp_path, ERROR_FILE)] == ["invalid_method"]
+
+
 @pytest.mark.parametrize("name", [OUTPUT_FILE, ERROR_FILE])
 def test_cut_anywhere_the_next_run_makes_it_whole(name: str, tmp_path: Path) -> None:
     lines = batch(tmp_path, "a", "!", "b", "c")

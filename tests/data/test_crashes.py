@@ -2,6 +2,8 @@
 
 import os
 import random
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,22 @@ def crash(monkeypatch: pytest.MonkeyPatch, folder: Path, faulty: FaultyOs, **opt
     return False
 
 
+def crashed_at_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+    place: Path,
+    when: str,
+    prepare: Callable[[Path], None] = lambda out: None,
+    **options: Any,
+) -> Iterator[tuple[int, Path]]:
+    """The directories of a run that died at its first step, of one at its second, and so on."""
+    for step in count(1):
+        out = place / str(step)
+        prepare(out)
+        if not crash(monkeypatch, out, FaultyOs(step, when, seed=step), **options):
+            return
+        yield step, out
+
+
 def merged(folder: Path) -> bytes:
     return merge(folder, NAMES, MergeFormat()).paths[0].read_bytes()
 
@@ -156,12 +174,11 @@ WHEN = ("before", "middle", "after")
 
 @pytest.mark.parametrize("when", WHEN)
 def test_a_crash_at_any_step_loses_nothing(tmp_path, monkeypatch, whole, when) -> None:
-    step = 1
-    while crash(monkeypatch, tmp_path / str(step), FaultyOs(step, when, seed=step)):
-        attempt(tmp_path / str(step))
-        assert merged(tmp_path / str(step)) == whole, step
-        step += 1
-    assert step > 40, "there are that many steps, and each was one to die at"
+    step = 0
+    for step, out in crashed_at_each_step(monkeypatch, tmp_path, when):
+        attempt(out)
+        assert merged(out) == whole, step
+    assert step >= 40, "there are that many steps, and each was one to die at"
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -182,37 +199,30 @@ def test_crashes_in_the_run_that_goes_on_lose_nothing_either(
 def test_a_crash_while_errors_are_done_again_leaves_each_row_once(
     tmp_path, monkeypatch, whole, when
 ) -> None:
-    step = 1
-    while True:
-        out = tmp_path / str(step)
+    def with_errors(out: Path) -> None:
         results = ResultWriter(dir=out, shard_rows=6, schema=SCHEMA, identity={})
         results.start()
         for number, name in enumerate(NAMES):
             results.write(group(name, failed=number % 4 == 1))
         results.close(complete=True)
-        if not crash(monkeypatch, out, FaultyOs(step, when, seed=step), retry_errors=True):
-            break
+
+    step = 0
+    again = crashed_at_each_step(monkeypatch, tmp_path, when, with_errors, retry_errors=True)
+    for step, out in again:
         # All rows are there at this moment, the failed ones or their replacement.
         found = [part.groups for part in Manifest.load(out).parts]
         assert sum(found) == len(NAMES)
         attempt(out, retry_errors=True)
         assert merged(out) == whole, step
-        step += 1
-    assert step > 20
+    assert step >= 20
 
 
 @pytest.mark.parametrize("when", WHEN)
 def test_a_crash_while_starting_again_leaves_a_directory_that_goes_on(
     tmp_path, monkeypatch, whole, when
 ) -> None:
-    step = 1
-    while True:
-        out = tmp_path / str(step)
-        attempt(out)
-        faulty = FaultyOs(step, when, seed=step)
-        if not crash(monkeypatch, out, faulty, overwrite=True):
-            break
+    step = 0
+    for step, out in crashed_at_each_step(monkeypatch, tmp_path, when, attempt, overwrite=True):
         attempt(out)
         assert merged(out) == whole, step
-        step += 1
-    assert step > 40
+    assert step >= 40

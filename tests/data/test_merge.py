@@ -120,7 +120,6 @@ def test_chunks_are_cut_alike_whatever_the_parts(
 ) -> None:
     monkeypatch.setattr(merge, "_CHUNK_ROWS", 8)
     monkeypatch.setattr(merge, "_OPEN_PARTS", 2)
-    monkeypatch.setattr(merge, "_LOOKED_UP_ROWS", 5)
     groups = [group(f"r{i}", 3) for i in range(40)]
     names = [rows[0]["row_id"] for rows in groups]
     one = merge.merge(write(tmp_path / "one", groups, 1), names, ARROW)
@@ -136,6 +135,13 @@ def test_rows_without_results_and_results_without_rows_are_counted(tmp_path: Pat
     assert [row["row_id"] for row in read(found.paths[0])] == ["c", "a"]
     nothing = merge.merge(tmp_path, [], ARROW)
     assert (nothing.rows, nothing.left_out) == (0, 3) and read(nothing.paths[0]) == []
+
+
+def test_a_name_that_two_rows_of_the_input_have_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, [group("a", 1), group("b", 2)], 2)
+    with pytest.raises(OutputError, match="'b' names two rows of the input"):
+        merge.merge(tmp_path, ["b", "a", "b"], ARROW)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_merging_again_leaves_nothing_of_before(tmp_path: Path) -> None:

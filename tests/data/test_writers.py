@@ -397,6 +397,7 @@ def test_errors_are_done_again_and_stay_until_their_replacement(tmp_path: Path) 
     results.write([row(3)])
     results.write([row(5)])
     results.close(complete=True)
+    assert results.complete, "nothing is left to be done again"
     assert counted(tmp_path) == {"r0": 2, "r1": 1, "r2": 1, "r3": 1, "r4": 1, "r5": 1}
     assert not any(it["error"] for it in read(tmp_path))
     assert results.totals.errors == {} and results.totals.samples == 7

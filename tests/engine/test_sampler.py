@@ -128,6 +128,12 @@ def test_ties_at_the_edge_stay_in(sampler):
     assert set(drawn.tolist()) == {1, 2}
 
 
+def test_uniforms_are_those_of_splitmix64_and_so_the_same_in_any_version():
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]  # From the seed 0.
+    drawn = uniforms(np.zeros(3, np.uint64), np.arange(3, dtype=np.uint64))
+    assert drawn.tolist() == [((number >> 42) + 0.5) / 2**22 for number in published]
+
+
 def test_uniforms_are_uniform_independent_and_never_0_or_1():
     streams = np.array([stream_key(7, "row", i) for i in range(100)], np.uint64)
     drawn = np.stack(

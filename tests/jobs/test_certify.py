@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 from command_line import results, write_jsonl
-from forked_cli import ForkedCommands
+from forked_cli import refused, succeed
 from in_process import run_job
 from tiny_files import save_tiny_model
 
@@ -20,13 +20,6 @@ from runner.data.schemas import result_schema
 ROWS = [{"prompt": f"count {i} and a little more", "answer": str(i)} for i in range(3)]
 ROLLOUT = ("rollout", "model.path=tiny", "data.path=prompts.jsonl", "output.dir=out")
 SHORT = ("sampling.max_tokens=8", "sampling.n=4", "reward=exact_match")
-
-
-@pytest.fixture(scope="module")
-def commands():
-    found = ForkedCommands()
-    yield found
-    found.close()
 
 
 @pytest.fixture
@@ -42,8 +35,8 @@ def summary(place: Path, out: str = "out") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("certify", "scored"), [(64, 12), (5, 5), (0, None)])
-def test_a_rollout_scores_a_sample_of_its_own_output_again(place, commands, certify, scored):
-    printed = commands.succeed(*ROLLOUT, *SHORT, f"job.certify={certify}", cwd=place)
+def test_a_rollout_scores_a_sample_of_its_own_output_again(place, certify, scored):
+    printed = succeed(*ROLLOUT, *SHORT, f"job.certify={certify}", cwd=place)
     found = summary(place)["certificate"]
     assert (found and found["rows"]) == scored
     run = summary(place)["run"]
@@ -59,29 +52,29 @@ def test_a_rollout_scores_a_sample_of_its_own_output_again(place, commands, cert
         assert found["mean_difference"] <= found["max_difference"] <= 1e-4
         assert 0 <= found["mismatch_kl"] < 1e-8 and 0 <= found["share_bit_equal"] <= 1
     # It decides no result, so the directory is complete with another one too.
-    again = commands.succeed(*ROLLOUT, *SHORT, "job.certify=1", cwd=place)
+    again = succeed(*ROLLOUT, *SHORT, "job.certify=1", cwd=place)
     assert "holds all 12" in again and summary(place)["certificate"] == found
 
 
 @pytest.mark.parametrize("options", [[], ["engine.kv_bits=8", "engine.kv_group_size=32"]], ids=str)
-def test_with_batch_invariance_every_bit_is_the_same(place, commands, options):
+def test_with_batch_invariance_every_bit_is_the_same(place, options):
     (place / "tiny").unlink()
     save_tiny_model(place / "tiny", head_dim=32)
     given = ("engine.batch_invariant=true", "sampling.temperature=0.8", *options)
-    commands.succeed(*ROLLOUT, *SHORT, *given, cwd=place)
+    succeed(*ROLLOUT, *SHORT, *given, cwd=place)
     found = summary(place)["certificate"]
     assert found["rows"] == 12 and found["errors"] == 0
     assert (found["max_difference"], found["mismatch_kl"], found["share_bit_equal"]) == (0, 0, 1)
 
 
-def test_errors_and_nothing_sampled(place, commands):
+def test_errors_and_nothing_sampled(place):
     rows = [{"prompt": "fine"}, {"prompt": ""}, {"prompt": "x" * 300}]
     write_jsonl(place / "prompts.jsonl", rows)
     base = ("generate", *ROLLOUT[1:])
-    printed = commands.succeed(*base, "sampling.max_tokens=4", cwd=place)
+    printed = succeed(*base, "sampling.max_tokens=4", cwd=place)
     assert "2 errors" in printed and summary(place)["certificate"]["rows"] == 1
     scored = ("output.dir=none", "sampling.max_tokens=0", "sampling.prompt_logprobs=0")
-    printed = commands.succeed(*base[:-1], *scored, cwd=place)
+    printed = succeed(*base[:-1], *scored, cwd=place)
     assert summary(place, "none")["certificate"] is None and "certified" not in printed
 
 
@@ -192,8 +185,8 @@ def test_results_are_not_held_in_memory(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["-1", "many", "1.5", "null"])
-def test_what_is_no_number_of_rows_is_refused_in_a_line(place, commands, value):
+def test_what_is_no_number_of_rows_is_refused_in_a_line(place, value):
     for name in ("rollout", "generate"):
-        line = commands.refused(name, *ROLLOUT[1:], f"job.certify={value}", cwd=place)
+        line = refused(name, *ROLLOUT[1:], f"job.certify={value}", cwd=place)
         assert line.startswith("error: job.certify=") and "0 for none" in line
     assert not (place / "out").exists()

@@ -6,19 +6,12 @@ import polars as pl
 import pyarrow as pa
 import pytest
 from command_line import results, write_jsonl
-from forked_cli import ForkedCommands
+from forked_cli import refused, succeed
 
 from runner import LLM
 
 PROMPTS = ["hello", "Grüße 🙂", ""]
 GENERATE = ("generate", "model.path=tiny", "data.path=prompts.jsonl", "sampling.max_tokens=5")
-
-
-@pytest.fixture(scope="module")
-def commands():
-    found = ForkedCommands()
-    yield found
-    found.close()
 
 
 @pytest.fixture
@@ -28,9 +21,9 @@ def place(tmp_path: Path, tiny_directory: Path) -> Path:
     return tmp_path
 
 
-def test_text_begins_with_the_prompt_and_every_token_has_a_place_and_a_logprob(place, commands):
+def test_text_begins_with_the_prompt_and_every_token_has_a_place_and_a_logprob(place):
     for out, more in (("out", ("sampling.echo=true",)), ("plain", ())):
-        commands.succeed(*GENERATE, "sampling.n=2", f"output.dir={out}", *more, cwd=place)
+        succeed(*GENERATE, "sampling.n=2", f"output.dir={out}", *more, cwd=place)
     rows, plain = (results(place / out).sort("prompt", "sample_index") for out in ("out", "plain"))
     assert "text_offsets" not in plain.columns and rows.height == plain.height == 5
     field = pa.ipc.open_file(place / "out" / "part-00000.arrow").schema.field("text_offsets")
@@ -52,9 +45,9 @@ def test_text_begins_with_the_prompt_and_every_token_has_a_place_and_a_logprob(p
     assert hello[1:] == pytest.approx(score.logprobs[1:], abs=1e-4)
 
 
-def test_with_nothing_sampled_the_text_is_the_prompt(place, commands):
+def test_with_nothing_sampled_the_text_is_the_prompt(place):
     given = ("sampling.echo=true", "sampling.max_tokens=0", "output.dir=out")
-    commands.succeed(*GENERATE[:-1], *given, "job.certify=0", cwd=place)
+    succeed(*GENERATE[:-1], *given, "job.certify=0", cwd=place)
     rows = results(place / "out").filter(pl.col("error").is_null())
     assert rows["text"].to_list() == rows["prompt"].to_list() and rows.height == 2
     assert rows["text_offsets"].list.len().to_list() == rows["prompt_logprobs"].list.len().to_list()
@@ -64,13 +57,13 @@ def test_with_nothing_sampled_the_text_is_the_prompt(place, commands):
     ("job", "message"),
     [
         (("rollout", "reward=exact_match"), "rewards read the completion by itself"),
-        (("score",), "this job scores what is there and samples nothing"),
+        (("score",), "sampling.echo means nothing to score"),
         (("openai_batch",), "sampling.echo means nothing to openai_batch"),
     ],
 )
-def test_a_job_that_cannot_follow_it_says_so(place, commands, job, message):
+def test_a_job_that_cannot_follow_it_says_so(place, job, message):
     given = ("model.path=tiny", "data.path=prompts.jsonl", "output.dir=out", "sampling.echo=true")
-    assert message in commands.refused(*job, *given, cwd=place)
+    assert message in refused(*job, *given, cwd=place)
     assert not (place / "out").exists()
-    line = commands.refused(*GENERATE, "output.dir=out", "sampling.echo=maybe", cwd=place)
+    line = refused(*GENERATE, "output.dir=out", "sampling.echo=maybe", cwd=place)
     assert "sampling.echo" in line and "maybe" in line

@@ -15,7 +15,7 @@ from typing import Any
 import hydra
 import pytest
 from command_line import ROOT, refused, succeed
-from hydra.utils import instantiate
+from in_process import run_config
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
@@ -60,7 +60,7 @@ def run(place: Path, *options: str, out: str = "out", name: str = "in.jsonl") ->
     with hydra.initialize_config_module("runner.conf", version_base="1.3"):
         config = hydra.compose("config", [*words, *options])
     (place / out).mkdir(exist_ok=True)
-    instantiate(config.job)(config)
+    run_config(config)
 
 
 def answers(directory: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from command_line import ROOT, results, write_jsonl
-from forked_cli import ForkedCommands
+from forked_cli import refused, run_cli, succeed
 
 ROWS = [{"prompt": f"row {i}", "level": i} for i in range(24)]
 # A logprob's last bits would depend on how many rows and columns are multiplied together, and a run
@@ -31,29 +31,6 @@ def place(tmp_path: Path, tiny_directory: Path) -> Path:
     (tmp_path / "tiny").symlink_to(tiny_directory)
     write_jsonl(tmp_path / "prompts.jsonl", ROWS)
     return tmp_path
-
-
-_commands: list[ForkedCommands] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def commands() -> Iterator[None]:
-    """One process, of which every command line here is a fork."""
-    _commands.append(ForkedCommands())
-    yield
-    _commands.pop().close()
-
-
-def run_cli(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    return _commands[0].run(*arguments, cwd=cwd)
-
-
-def succeed(*arguments: str, cwd: Path) -> str:
-    return _commands[0].succeed(*arguments, cwd=cwd)
-
-
-def refused(*arguments: str, cwd: Path) -> str:
-    return _commands[0].refused(*arguments, cwd=cwd)
 
 
 def generate(place: Path, *overrides: str, out: str = "out") -> str:

@@ -10,10 +10,11 @@ import numpy as np
 import polars as pl
 import pytest
 from command_line import write_jsonl
-from forked_cli import ForkedCommands
+from forked_cli import refused, run_cli, succeed
 from in_process import rows_of, run_job
 
 from runner import LLM
+from runner.errors import ParameterError
 
 ROWS = [
     {"prompt": "A question? ", "choices": ["one", "another", "the third"], "answer": "another"},
@@ -23,23 +24,10 @@ ROWS = [
 OPTIONS = ("job.choices_column=choices", "job.answer_column=answer")
 
 
-@pytest.fixture(scope="module")
-def llm(tiny_directory) -> LLM:
-    return LLM(tiny_directory)
-
-
 @pytest.fixture
-def place(tmp_path: Path, tiny_directory: Path) -> Path:
-    (tmp_path / "tiny").symlink_to(tiny_directory)
-    write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def commands():
-    found = ForkedCommands()
-    yield found
-    found.close()
+def place(tiny_place: Path) -> Path:
+    write_jsonl(tiny_place / "rows.jsonl", ROWS)
+    return tiny_place
 
 
 def run(place: Path, *overrides: str, path: str = "rows.jsonl", out: str = "out") -> pl.DataFrame:
@@ -123,8 +111,8 @@ def test_a_text_by_itself_has_no_context(place, llm):
     assert single["logprob_per_token"] is None and "empty" in empty["error"]["message"]
 
 
-def test_what_a_rollout_wrote_is_scored_as_it_was_sampled(place, commands):
-    commands.succeed(
+def test_what_a_rollout_wrote_is_scored_as_it_was_sampled(place):
+    succeed(
         "rollout", "model.path=tiny", "data.path=rows.jsonl", "reward=exact_match",
         "sampling.n=3", "sampling.max_tokens=5", "output.dir=rollouts", cwd=place,
     )  # fmt: skip
@@ -177,22 +165,22 @@ def test_bad_rows_are_rows_with_an_error(place):
     assert good["is_correct"].to_list() == [None, good["is_chosen"][1]]
 
 
-def test_as_a_user_runs_it_and_again(place, commands):
+def test_as_a_user_runs_it_and_again(place):
     base = ("score", "model.path=tiny", "data=multiple_choice", "output.dir=out", *OPTIONS)
-    printed = commands.succeed(*base, "output.shard_rows=8", cwd=place)
+    printed = succeed(*base, "output.shard_rows=8", cwd=place)
     assert "accuracy" in printed and "12 rows, 48 result rows, 0 errors" in printed
     whole = rows_of(place / "out")
-    assert "holds all 48 results" in commands.succeed(*base, cwd=place)
+    assert "holds all 48 results" in succeed(*base, cwd=place)
     for path in sorted((place / "out").glob("part-*.arrow"))[2:4]:
         path.unlink()
-    again = commands.run(*base, "output.merge=true", cwd=place)
+    again = run_cli(*base, "output.merge=true", cwd=place)
     assert again.returncode == 0 and "its 8 result rows are made again" in again.stderr
     key = ["row_id", "choice"]
     columns = ["row_id", "choice", "text", "is_chosen"]
     assert rows_of(place / "out").sort(key).select(columns).equals(whole.sort(key).select(columns))
     merged = pl.read_ipc(place / "out" / "merged" / "part-00000.arrow")
     assert merged["choice"].to_list() == [0, 1, 2, 3] * 12
-    assert "job.answer_column" in commands.refused(*base[:-1], cwd=place)
+    assert "job.answer_column" in refused(*base[:-1], cwd=place)
 
 
 @pytest.mark.parametrize(
@@ -204,20 +192,29 @@ def test_as_a_user_runs_it_and_again(place, commands):
         (["job.answer_column=answer"], "an answer is one of job.choices_column"),
         ([*OPTIONS, "job.completion_column=answer"], "give one of them"),
         (["job.choices_column=choices", "job.answer_column=choices"], "not text or an integer"),
-        (["sampling.top_k=5"], "sampling.top_k=5 is not allowed"),
-        (["sampling.echo=true"], "sampling.echo=True is not allowed"),
+        (["sampling.top_k=5"], "sampling.top_k means nothing to score"),
+        (["sampling.echo=true"], "sampling.echo means nothing to score"),
         (["data.path=empty.jsonl"], "no rows"),
         (["data.path=empty.txt"], "is empty"),
         (["data.path=numbers.jsonl"], "has the type int64, not text"),
-        (["reward=last_number"], "reward is not allowed"),
+        (["reward=last_number"], "reward means nothing to score"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(place, commands, options, message):
+def test_what_is_wrong_is_said_in_a_line(place, options, message):
     for name in ("empty.jsonl", "empty.txt"):
         (place / name).touch()
     write_jsonl(place / "numbers.jsonl", [{"prompt": 5}])
     base = ("score", "model.path=tiny", "data.path=rows.jsonl", "output.dir=out")
-    assert message in commands.refused(*base, *options, cwd=place)
+    assert message in refused(*base, *options, cwd=place)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("sampling.top_k=5", "sampling.top_k=5 is not"), ("reward=last_number", "reward is not")],
+)
+def test_what_samples_or_rewards_is_refused_where_no_command_line_was(place, option, message):
+    with pytest.raises(ParameterError, match=message):
+        run_job("score", place, f"data.path={place / 'rows.jsonl'}", option)
 
 
 @pytest.mark.real_model

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +21,6 @@ from runner.types import Completion, ErrorInfo, Logprob, RequestOutput
 Ask = Callable[..., dict[str, Any]]
 DEFAULTS = SamplingParams(max_tokens=None, seed=0)
 HELLO = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def llm(tiny_directory: Path) -> LLM:
-    return LLM(tiny_directory)
 
 
 @pytest.fixture(scope="module")
