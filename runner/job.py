@@ -11,6 +11,7 @@ import pyarrow as pa
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from runner.adapter_watch import AdapterWatch
 from runner.data import Dataset, ResultWriter, WriteBehind, read_ahead
 from runner.data.durable import replace_file, stopping
 from runner.data.merge import Merged, merge
@@ -116,6 +117,7 @@ class RunContext:
             self.llm = LLM(options.pop("path"), **options)
             for name, path in self.lora.paths.items():
                 self.llm.load_adapter(name, path)
+            self._adapter_watch = self._started_watch()
             self.llm.check(self.params)
             self.on_loaded(self.llm)
             self._behind = WriteBehind(self.writer, committed=self._save_summary)
@@ -154,8 +156,21 @@ class RunContext:
 
     def run(self, requests: Iterable[PromptRequest | RequestOutput]) -> Iterator[RequestOutput]:
         """Runs requests of a job's own making, however many make a row."""
-        yield from self.llm.run(requests, interrupted=self._interrupt.is_requested)
+        yield from self.llm.run(requests, interrupted=self._after_step)
         self._finished = not self._interrupt.is_requested()
+
+    def _started_watch(self) -> AdapterWatch | None:
+        if self.lora.watch is None or self.lora.default is None:
+            return None
+        watch = AdapterWatch(self.lora.watch, self.lora.default)
+        watch.start(self.llm)
+        return watch
+
+    def _after_step(self) -> bool:
+        """Whether the run is to end now; takes in a new adapter where one is watched for."""
+        if self._adapter_watch is not None:
+            self._adapter_watch.look(self.llm, self.lora.swap)
+        return self._interrupt.is_requested()
 
     def rows(self) -> Generator[NamedRow]:
         """Every row of the input, read ahead; some may have results already."""

@@ -22,7 +22,7 @@ LEVELS = [
         "watch",
     },
     {"llm"},
-    {"report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
+    {"report", "adapter_watch", "result_rows", "rows", "server", "benchmarking", "perplexity"},
     {"job", "documents", "choices"},
     {"scoring_run"},
     {"jobs"},
