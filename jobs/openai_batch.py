@@ -305,7 +305,8 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _defaults(plain: Mapping[str, Any]) -> SamplingParams:
-    if plain["sampling"]["prompt_logprobs"] is not None:
-        what = "a line asks for those of its prompt with echo and logprobs"
-        raise ParameterError(f"sampling.prompt_logprobs means nothing to openai_batch: {what}")
+    for name, nothing in (("prompt_logprobs", None), ("echo", False)):
+        if plain["sampling"][name] is not nothing:
+            what = "a line asks for its prompt with echo, and for logprobs of it with logprobs too"
+            raise ParameterError(f"sampling.{name} means nothing to openai_batch: {what}")
     return SamplingParams(**plain["sampling"])

@@ -127,6 +127,9 @@ class SamplingConfig:
     """The only token ids that a completion may hold; null allows all."""
     prompt_logprobs: int | None = None
     """0 writes the model's own logprob of every prompt token; null writes none."""
+    echo: bool = False
+    """Puts the prompt before the completion in `text`, writes the prompt's logprobs, and in the
+    column `text_offsets` where in the text each token begins."""
 
 
 @dataclass

@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from runner.adapter_watch import AdapterWatch
+from runner.certificate import Certificate
 from runner.data import Dataset, ResultWriter, WriteBehind, read_ahead
 from runner.data.durable import replace_file, stopping
 from runner.data.merge import Merged, merge
-from runner.data.schemas import RESULT_FIELDS, passthrough_names, result_schema
+from runner.data.schemas import ECHO_FIELDS, RESULT_FIELDS, passthrough_names, result_schema
 from runner.data.score_schemas import by_adapter
 from runner.data.summary import Totals
+from runner.engine.stats import EngineStats
 from runner.errors import ParameterError, StoppedError
 from runner.identity import identity
 from runner.interrupt import Interrupt
@@ -50,7 +53,8 @@ class RunContext:
     Opening checks everything that can be checked before the model is loaded. Used as a context:
     leaving it commits what was written, whatever happened.
 
-    `fields` are the columns of its results before those of the input. With `is_corpus` the numbers
+    `fields` are the columns of its results before those of the input; without them it completes
+    prompts. With `is_corpus` the numbers
     are about all rows together, so that a run goes on with the same rows only. `retry_errors`
     does the rows with an error again; each stays until its replacement is committed.
     """
@@ -59,7 +63,7 @@ class RunContext:
         self,
         config: DictConfig,
         *,
-        fields: Sequence[pa.Field] = RESULT_FIELDS,
+        fields: Sequence[pa.Field] | None = None,
         is_corpus: bool = False,
         retry_errors: bool = False,
     ) -> None:
@@ -68,6 +72,7 @@ class RunContext:
         self.config = config
         self.directory = Path(config.output.dir)
         self.params = _sampling_params(config)
+        fields = fields or (ECHO_FIELDS if self.params.echo else RESULT_FIELDS)
         self.dataset: Dataset = instantiate(config.data)
         self.lora = LoraOptions.of(_plain(config.lora))
         self.lora.check_columns(self.dataset.columns)
@@ -84,6 +89,7 @@ class RunContext:
         """Called once the model is there, before anything is written."""
         self.summarize: Callable[[Totals], Mapping[str, Any]] = lambda totals: {}
         """What `summary.json` holds besides what every job's does."""
+        self._certified: dict[str, Any] = {}
         self._names = passthrough_names(self.dataset.columns, fields)
         self._in_flight: dict[str, Row] = {}
         self._interrupt = Interrupt()
@@ -172,6 +178,33 @@ class RunContext:
             self._adapter_watch.look(self.llm, self.lora.swap)
         return self._interrupt.is_requested()
 
+    def certify(self, certificate: Certificate) -> None:
+        """Scores a sample of the results again, for `summary.json`, once every row is committed.
+
+        Does nothing in a run that was interrupted; interrupted here, the run is not complete, and
+        the next one does it.
+        """
+        if not self._finished:
+            return
+        self._behind.finish()
+        with self._aside():
+            found = certificate.numbers(
+                self.writer.part_paths, self.llm, interrupted=self._interrupt.is_requested
+            )
+        self._finished = not self._interrupt.is_requested()
+        self._certified["certificate"] = found if self._finished else None
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What happens inside counts neither in the run's time nor in its tokens."""
+        stats, started = self.llm.engine.stats, time.monotonic()
+        self.llm.engine.stats = EngineStats()
+        try:
+            yield
+        finally:
+            self.llm.engine.stats = stats
+            self._started += time.monotonic() - started
+
     def rows(self) -> Generator[NamedRow]:
         """Every row of the input, read ahead; some may have results already."""
         with closing(read_ahead(self._rows())) as rows:
@@ -253,7 +286,7 @@ class RunContext:
         """Tells of a commit, in the thread that made it."""
         seconds = time.monotonic() - self._started
         numbers = summary(self.writer, self.llm, total=self._num_rows, seconds=seconds)
-        numbers |= {"state": state} | dict(self.summarize(self.writer.totals))
+        numbers |= {"state": state} | dict(self.summarize(self.writer.totals)) | self._certified
         self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
         reward = numbers["reward"]
         self._watch.committed(numbers["rows"], {"reward": reward["mean"]} if reward else None)
@@ -319,4 +352,5 @@ def _sampling_params(config: DictConfig) -> SamplingParams:
     if params.prompt_logprobs:
         what = "a job writes no alternatives: 0 for the prompt's own tokens, or null"
         raise ParameterError(f"prompt_logprobs={params.prompt_logprobs} is not allowed: {what}")
-    return params
+    # Results always hold the logprobs of what their text holds.
+    return replace(params, prompt_logprobs=0) if params.echo else params

@@ -247,3 +247,11 @@ def test_watching_needs_an_adapter_and_a_job_that_samples(place):
     ):
         with pytest.raises(error, match=what):
             run(job, place, *options, out=f"refused-{job}")
+
+
+def test_the_certificate_scores_rows_with_their_adapter(place):
+    options = (adapters(place), "lora.sweep=true", *SHORT, "job.certify=9")
+    run("rollout", place, *options, "reward=last_number", "reward.answer_column=text", out="cert")
+    found = summary(place, "cert")["certificate"]
+    assert (found["rows"], found["errors"]) == (9 * 4, 0) or found["rows"] == 9
+    assert found["max_difference"] < 1e-4
