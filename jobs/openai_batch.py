@@ -48,9 +48,9 @@ def openai_batch(
     plain = _plain(config)
     defaults = _defaults(plain)
     lora = LoraOptions.of(plain["lora"])
-    if lora.is_mixed:
-        what = "body.model names the adapter of a line"
-        raise ParameterError(f"lora.column and lora.sweep mean nothing to openai_batch: {what}")
+    if lora.is_mixed or lora.watch is not None:
+        what = "body.model names the adapter of a line, or lora.path that of all"
+        raise ParameterError(f"lora.column, sweep and watch mean nothing to openai_batch: {what}")
     error_rate = ErrorRate(plain["output"]["max_error_rate"])
     batch = BatchFile(plain["data"]["path"], urls=KNOWN_URLS)
     identified = identity(plain, _DECIDING_GROUPS) | lora.identity()

@@ -54,7 +54,8 @@ class Certificate:
         """Scores the chosen rows of the files `paths`, part files of results; None without any.
 
         The rows are chosen by digests of their names, so that it does not matter in which files
-        and in which order they stand. Only those chosen are held in memory.
+        and in which order they stand. Only those chosen are held in memory. One whose adapter
+        has been given another content since then is left out, and counted.
         """
         chosen = list(_read(heapq.nsmallest(self.num_rows, _places(paths))))
         if not chosen:
@@ -109,7 +110,9 @@ def _read(places: Sequence[Place]) -> Iterator[dict[str, Any]]:
     """What is compared of the rows in these places."""
     for path, group in groupby(sorted(places, key=lambda it: it[1:]), key=lambda it: it[1]):
         numbers = [number for _, _, number in group]
-        yield from _table(Path(path)).select(_COLUMNS).take(numbers).to_pylist()
+        table = _table(Path(path))
+        there = [column for column in _COLUMNS if column in table.schema.names]
+        yield from table.select(there).take(numbers).to_pylist()
 
 
 def _table(path: Path) -> pa.Table:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from runner.adapter_watch import AdapterWatch
 from runner.certificate import Certificate
 from runner.data import Dataset, ResultWriter, WriteBehind, read_ahead
 from runner.data.durable import replace_file, stopping
@@ -125,6 +126,7 @@ class RunContext:
             if self.dataset.id_column is not None and self.dataset.is_local:
                 check_ids(self.dataset)
             self.llm = open_llm(self.config, self._load_model)
+            self._adapter_watch = self._started_watch()
             self.llm.check(self.params)
             self.on_loaded(self.llm)
             self._behind = WriteBehind(self.writer, committed=self._save_summary)
@@ -163,7 +165,7 @@ class RunContext:
 
     def run(self, requests: Iterable[PromptRequest | RequestOutput]) -> Iterator[RequestOutput]:
         """Runs requests of a job's own making, however many make a row."""
-        yield from self.llm.run(requests, interrupted=self._interrupt.is_requested)
+        yield from self.llm.run(requests, interrupted=self._after_step)
         self._finished = not self._interrupt.is_requested()
 
     @property
@@ -178,6 +180,19 @@ class RunContext:
     def commit(self) -> None:
         """Waits until all that was written is on disk for good."""
         self._behind.commit()
+
+    def _started_watch(self) -> AdapterWatch | None:
+        if self.lora.watch is None or self.lora.default is None:
+            return None
+        watch = AdapterWatch(self.lora.watch, self.lora.default)
+        watch.start(self.llm)
+        return watch
+
+    def _after_step(self) -> bool:
+        """Whether the run is to end now; takes in a new adapter where one is watched for."""
+        if self._adapter_watch is not None:
+            self._adapter_watch.look(self.llm, self.lora.swap)
+        return self._interrupt.is_requested()
 
     def certify(self, certificate: Certificate) -> None:
         """Scores a sample of the results again, for `summary.json`, once every row is committed.

@@ -338,18 +338,23 @@ class LLM:
             return request
         if request.request_id in self._pending:
             raise ValueError(f"request id {request.request_id!r} is in flight already")
-        text, token_ids = request.prompt.text, list(request.prompt.token_ids or ())
         params = request.params
         if params.seed is None or params.echo:
             seed = self.seed if params.seed is None else params.seed
             asked = params.num_prompt_logprobs
             params = replace(params, seed=seed, prompt_logprobs=asked, echo=False)
+        output = RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt.text,
+            prompt_token_ids=list(request.prompt.token_ids or ()),
+            adapter=request.adapter,
+        )
         try:
-            text, token_ids = encode_prompt(request.prompt, self.tokenizer)
+            output.prompt, output.prompt_token_ids = encode_prompt(request.prompt, self.tokenizer)
             self.engine.add(
                 Request(
                     request_id=request.request_id,
-                    prompt_token_ids=token_ids,
+                    prompt_token_ids=output.prompt_token_ids,
                     params=params,
                     key=request.key,
                     bad_words_token_ids=self._bad_words_token_ids(params),
@@ -359,19 +364,8 @@ class LLM:
                 )
             )
         except RowError as error:
-            return RequestOutput(
-                request_id=request.request_id,
-                prompt=text,
-                prompt_token_ids=token_ids,
-                error=ErrorInfo(type(error).__name__, str(error)),
-                adapter=request.adapter,
-            )
-        output = RequestOutput(
-            request_id=request.request_id,
-            prompt=text,
-            prompt_token_ids=token_ids,
-            adapter=request.adapter,
-        )
+            output.error = ErrorInfo(type(error).__name__, str(error))
+            return output
         self._pending[request.request_id] = _Pending(request, output)
         return None
 

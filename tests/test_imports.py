@@ -14,7 +14,8 @@ LEVELS = [
     {"batch_size", "identity", "lora_options", "openai", "prompt_requests", "status", "texts"}
     | {"training", "watch"},
     {"llm"},
-    {"certificate", "report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
+    {"certificate", "report", "adapter_watch", "result_rows", "rows", "server", "benchmarking"}
+    | {"perplexity"},
     {"job", "documents", "choices"},
     {"scoring_run", "sweeps"},
     {"jobs"},
