@@ -60,9 +60,9 @@ def check_batch_size(value: object) -> None:
 def settled_batch_size(
     asked: int | str,
     loaded: LoadedModel,
-    *,
     memory_budget: int | None,
     kv_options: KVOptions,
+    *,
     batch_invariant: bool,
 ) -> tuple[int, BatchSizeChoice | None]:
     """The number of rows; measured, said and returned as well where that was left to us."""

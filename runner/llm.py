@@ -87,8 +87,7 @@ class LLM:
         if model.blas.warning is not None:
             warnings.warn(model.blas.warning, stacklevel=2)
         self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
-        self.seed = seed
-        self._texts = Texts(model.tokenizer)
+        self.seed, self._texts = seed, Texts(model.tokenizer)
         budget = default_memory_budget() if budget is None else budget
         kv_options = KVOptions(
             kv_bits=kv_bits,
@@ -97,11 +96,7 @@ class LLM:
             max_kv_size=max_kv_size,
         )
         size, self.batch_size_choice = settled_batch_size(
-            max_batch_size,
-            model,
-            memory_budget=budget,
-            kv_options=kv_options,
-            batch_invariant=batch_invariant,
+            max_batch_size, model, budget, kv_options, batch_invariant=batch_invariant
         )
         make_engine = partial(
             Engine,
@@ -118,8 +113,7 @@ class LLM:
             check_batch_invariance(make_engine, max_batch_size=size)
         self.engine = make_engine(max_batch_size=size, prefill_step_size=prefill_step_size)
         self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
-        self._num_calls = 0
-        self._pending: dict[str, _Pending] = {}
+        self._num_calls, self._pending = 0, dict[str, _Pending]()
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, by the name that vLLM gives this."""
