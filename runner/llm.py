@@ -74,9 +74,8 @@ class LLM:
     ) -> None:
         """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
 
-        Raises:
-            ModelError: the model cannot be loaded, or the engine does not cover its kind.
-            ParameterError: an option has a value that is not allowed.
+        Raises ModelError where the model cannot be loaded or its kind is not covered, and
+        ParameterError where an option has a value that is not allowed.
         """
         check_batch_size(max_batch_size)
         budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
