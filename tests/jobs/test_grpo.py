@@ -66,7 +66,7 @@ def test_every_step_samples_from_what_the_step_before_learned(place):
     assert rows["adapter"].unique().to_list() == ["policy"]
     for step in range(3):
         at = rows.filter(pl.col("step") == step)
-        assert at.height == 8 and at["prompt"].n_unique() == 2
+        assert at.height == 8 and at["group_id"].n_unique() == 2
         # What a step learned serves from the next one on.
         if step:
             assert at["adapter_digest"].unique().to_list() == [steps[step - 1]["adapter_digest"]]
