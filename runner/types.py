@@ -260,6 +260,10 @@ class Completion:
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended the row; None for end of sequence and length."""
     text: str = ""
+    num_drafted: int = 0
+    """Tokens that were guessed ahead of the model."""
+    num_accepted: int = 0
+    """Those of them that the model then drew itself."""
     error: ErrorInfo | None = None
     """Why, where `finish_reason` is error."""
 

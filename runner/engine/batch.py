@@ -97,11 +97,16 @@ class Batch:
     def input_token_ids(self) -> mx.array:
         """(B,) int32: the last sampled token of each row, or the last one of its prompt."""
         sampled = self._sampled()
-        fresh = [s is not None and s.num_launched == 0 for s in self.rows]
-        if not any(fresh):
+        known = [s is not None and s.num_launched == len(s.token_ids) for s in self.rows]
+        if not any(known):
             return sampled
-        last = [s.request.prompt_token_ids[-1] if s is not None else 0 for s in self.rows]
-        return mx.where(mx.array(fresh), mx.array(last, mx.int32), sampled)
+        last = [s.last_token_id if s is not None else 0 for s in self.rows]
+        return mx.where(mx.array(known), mx.array(last, mx.int32), sampled)
+
+    def forget_device(self) -> None:
+        """After a step that went past `sample`: the next one starts from what the host has read."""
+        self._token_ids = mx.zeros((len(self.rows),), mx.int32)
+        self._table = self._processors = None
 
     def sample(self, logits: mx.array) -> Samples:
         """Draws each row's next token from `logits`, (B, V), as its parameters say."""

@@ -17,6 +17,7 @@ from runner.engine.recovery import (
 )
 from runner.engine.scheduler import FreeRows, Order, Scheduler
 from runner.engine.sequence import Sequence, num_columns
+from runner.engine.speculation import Launched, Speculation
 from runner.engine.stats import EngineStats
 from runner.engine.stop import Decode, StopStringMatcher
 from runner.errors import ParameterError, PromptError
@@ -43,6 +44,7 @@ class Engine:
         order: Order = "offline",
         eos_token_ids: Collection[int] = (),
         decode: Decode | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """Takes a model with mlx-lm's interface.
 
@@ -57,6 +59,7 @@ class Engine:
             order: in which requests are taken, as `Scheduler` says.
             eos_token_ids: tokens that end every row that does not set `ignore_eos`.
             decode: token ids -> text; needed for stop strings alone.
+            speculation: tokens guessed ahead, which change no result; it is this engine's alone.
 
         Raises:
             ModelError: the model cannot be run in a padded batch, as `layer_kinds` says.
@@ -67,14 +70,18 @@ class Engine:
         check_at_least(0, prefix_cache_bytes=prefix_cache_bytes)
         self.max_batch_size, self.max_model_len = max_batch_size, max_model_len
         self.stats = EngineStats()
+        self.speculation = speculation
+        self._num_spare = speculation.num_draft_tokens if speculation is not None else 0
         self._runner = ModelRunner(
             model,
             prefill_step_size=prefill_step_size,
             prefix_cache_bytes=prefix_cache_bytes,
-            kv_options=kv_options or KVOptions(),
+            kv_options=(kv_options or KVOptions()).with_spare(self._num_spare),
         )
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
         self._eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
+        if speculation is not None:
+            speculation.bind(self._runner, max_model_len)
         self.memory = self._runner.memory_budget(memory_budget)
         self._scheduler = Scheduler(
             max_batch_size=max_batch_size,
@@ -95,7 +102,7 @@ class Engine:
         self._prefill: Prefill | None = None
         self._ready: list[ReadyPrompt] = []
         self._scored: list[ReadyPrompt] = []
-        self._in_flight: InFlight | None = None
+        self._in_flight: InFlight | Launched | None = None
 
     @property
     def wants_requests(self) -> bool:
@@ -184,25 +191,32 @@ class Engine:
 
         Where memory runs out, the rows in flight start over in a batch of half the size.
         """
-        aborted = self._end_aborted()
+        done = self._end_aborted()
         try:
-            return aborted + self._advance()
+            self._advance(done)
+            return done
         except (RuntimeError, MemoryError) as error:
             if not is_allocation_failure(error):
                 raise
             reason = str(error)
         # Not in the handler: the traceback holds the arrays of the forward that failed.
-        return aborted + self._start_over(reason)
+        return done + self._start_over(reason)
 
-    def _advance(self) -> list[Completion]:
+    def _advance(self, done: list[Completion]) -> None:
         scored = list(self._scored)  # Read once the next prefill is on its way.
+        if self._needs_draws:
+            done += self._collect()
         self._advance_prefill()
         self._start_ready()
         launched = self._launch()
-        finished = [self._only_scored(prompt) for prompt in scored] + self._collect()
+        done += [self._only_scored(prompt) for prompt in scored] + self._collect()
         del self._scored[: len(scored)]
         self._in_flight = launched
-        return finished
+
+    @property
+    def _needs_draws(self) -> bool:
+        """Whether the step in flight is read before the next one is launched."""
+        return self.speculation is not None and self.speculation.needs_draws
 
     def _only_scored(self, prompt: ReadyPrompt) -> Completion:
         """The end of a request that samples nothing and so needs no row."""
@@ -291,22 +305,29 @@ class Engine:
 
     def _reserve(self) -> None:
         live = self._batch.sequences
-        columns = max(sequence.position for sequence in live) + 1
-        most = max(sequence.num_columns for sequence in live)
+        columns = max(sequence.position for sequence in live) + 1 + self._num_spare
+        most = max(sequence.num_columns for sequence in live) + self._num_spare
         self._runner.reserve(len(self._batch.rows), columns, most)
 
-    def _launch(self) -> InFlight | None:
+    def _launch(self) -> InFlight | Launched | None:
         """Sends the next decode on its way, without waiting for the one before it."""
         batch = self._batch
         if not batch.wants_forward or self._fills_up_first():
             return None
         self._compact()
         self._reserve()
-        logits = self._runner.decode(batch.input_token_ids(), batch.positions())
-        samples = batch.sample(logits)
         self.stats.num_steps += 1
         self.stats.num_row_steps += len(batch.rows)
-        return batch.launched(samples)
+        if self.speculation is None:
+            return self._launch_plain()
+        launched = self.speculation.launch(batch, self._launch_plain)
+        self.stats.num_row_steps += (launched.width - 1) * len(batch.rows)
+        return launched
+
+    def _launch_plain(self) -> InFlight:
+        batch = self._batch
+        logits = self._runner.decode(batch.input_token_ids(), batch.positions())
+        return batch.launched(batch.sample(logits))
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
@@ -336,11 +357,14 @@ class Engine:
             if sequence.finish_reason is not None:
                 finished.append(sequence)
                 self._release(sequence)
+        self._in_flight = None
         return [sequence.completion() for sequence in finished]
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.finish_reason == "error":
             self._runner.caches.clear_row(sequence.row)
+        if self.speculation is not None:
+            self.speculation.end(sequence)
         self._batch.release(sequence)
 
     def _end_aborted(self) -> list[Completion]:
@@ -348,7 +372,7 @@ class Engine:
             return []
         ended = [s for s in self._batch.sequences if s.request.request_id in self._aborting]
         for sequence in ended:
-            self._batch.release(sequence)
+            self._release(sequence)
         for queue in (self._ready, self._scored):
             for prompt in [p for p in queue if p.request.request_id in self._aborting]:
                 ended += [self._sequence(prompt, i) for i in prompt.indices]
@@ -373,6 +397,8 @@ class Engine:
             self.max_batch_size, num_rows=len(rows), ready=ready, num_prefilling=len(prefilling)
         )
         self._clear()
+        if self.speculation is not None:
+            self.speculation.clear(rows)
         self._runner.drop_caches()
         if size == 0:
             return self._failed(left, f"memory ran out for this row alone: {reason}")

@@ -271,8 +271,12 @@ class ModelRunner:
 
     def decode(self, token_ids: mx.array, positions: Sequence[int]) -> mx.array:
         """Forwards one token per row, (B,), written at `positions`; logits (B, V)."""
-        self.caches.begin_step(positions)
-        return self._forward(token_ids[:, None], self.caches.layers)[:, -1]
+        return self.forward_rows(token_ids[:, None], positions)[:, -1]
+
+    def forward_rows(self, token_ids: mx.array, positions: Sequence[int]) -> mx.array:
+        """Forwards tokens, (B, N), each row's written from its position on; logits (B, N, V)."""
+        self.caches.begin_step(positions, token_ids.shape[1])
+        return self._forward(token_ids, self.caches.layers)
 
     def _forward(self, token_ids: mx.array, caches: Sequence[Any]) -> mx.array:
         """Logits, (B, N, V), of tokens (B, N) behind what the caches hold."""
