@@ -2,12 +2,11 @@
 
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from runner.models.load import LoadedModel, load_model  # First: it loads the BLAS, then mlx.
 
@@ -19,7 +18,8 @@ from runner.engine.invariance import check_batch_invariance
 from runner.engine.kv_options import KVOptions
 from runner.errors import ParameterError, PromptError, RowError
 from runner.progress import Progress
-from runner.prompts import encode_bad_words, encode_prompt, prompt_digest
+from runner.prompt_requests import PromptLike, as_prompt, prompt_requests
+from runner.prompts import encode_bad_words, encode_prompt
 from runner.scores import ScoreInput, in_order_of_work, scored_texts
 from runner.texts import Texts
 from runner.types import (
@@ -33,9 +33,6 @@ from runner.types import (
     SamplingParams,
     Score,
 )
-
-PromptLike: TypeAlias = str | Mapping[str, Any]
-"""A text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`."""
 
 
 @dataclass(slots=True)
@@ -143,7 +140,7 @@ class LLM:
             PromptError: a prompt is empty or does not fit the context.
         """
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        return self._run_in_order([_as_prompt(p) for p in listed], sampling_params, use_tqdm)
+        return self._run_in_order([as_prompt(p) for p in listed], sampling_params, use_tqdm)
 
     def as_completed(
         self,
@@ -154,7 +151,7 @@ class LLM:
 
         A prompt that cannot be run comes out with `error` set, and the others go on.
         """
-        return self.run(self._requests([_as_prompt(p) for p in prompts], sampling_params))
+        return self.run(self._requests([as_prompt(p) for p in prompts], sampling_params))
 
     def chat(
         self,
@@ -268,25 +265,8 @@ class LLM:
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[PromptRequest]:
-        """Requests named by their place; a repeated prompt is told apart by its occurrence."""
         self._num_calls += 1
-        given = sampling_params or SamplingParams()
-        params = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
-        if len(params) != len(prompts):
-            raise ParameterError(
-                f"sampling_params has {len(params)} entries for {len(prompts)} prompts"
-            )
-        seen: Counter[str] = Counter()
-        requests = []
-        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-            digest = prompt_digest(prompt)
-            call = f"call {self._num_calls}/" if one.seed is None else ""
-            key = f"{call}{digest}/{seen[digest]}"
-            seen[digest] += 1
-            requests.append(
-                PromptRequest(request_id=str(index), prompt=prompt, params=one, key=key)
-            )
-        return requests
+        return prompt_requests(prompts, sampling_params, call=self._num_calls)
 
     def _start(self, request: PromptRequest | RequestOutput) -> RequestOutput | None:
         """Hands a request to the engine; the output of one that cannot be run."""
@@ -363,16 +343,3 @@ def _check_batch_size(value: object) -> None:
         raise ParameterError(
             f"max_batch_size={value!r} is not allowed: a whole number of at least 1, or auto"
         )
-
-
-def _as_prompt(prompt: PromptLike) -> Prompt:
-    if isinstance(prompt, str):
-        return Prompt(text=prompt)
-    if set(prompt) == {"prompt_token_ids"}:
-        return Prompt(token_ids=list(prompt["prompt_token_ids"]))
-    if set(prompt) == {"prompt"}:
-        return Prompt(text=prompt["prompt"])
-    raise ParameterError(
-        f"a prompt has the keys {sorted(prompt)}: it is a str, "
-        "{'prompt': str} or {'prompt_token_ids': [int]}"
-    )

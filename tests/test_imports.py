@@ -11,7 +11,7 @@ LEVELS = [
     {"types", "errors", "config"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "overrides", "run_log", "trackers"},
-    {"batch_size", "identity", "openai", "status", "texts", "watch"},
+    {"batch_size", "identity", "openai", "prompt_requests", "status", "texts", "watch"},
     {"llm"},
     {"report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
     {"job", "documents", "choices"},

@@ -5,8 +5,9 @@ from collections.abc import Collection, Iterable, Iterator
 
 import mlx.nn as nn
 
+from runner.engine.admission import Admission
 from runner.engine.batch import Batch, InFlight
-from runner.engine.checks import ParamsCheck, check_at_least, check_prompt
+from runner.engine.checks import check_at_least
 from runner.engine.kv_options import KVOptions
 from runner.engine.model_runner import ModelRunner, Prefill, ReadyPrompt
 from runner.engine.recovery import (
@@ -16,11 +17,10 @@ from runner.engine.recovery import (
     unfinished,
 )
 from runner.engine.scheduler import FreeRows, Order, Scheduler
-from runner.engine.sequence import Sequence, num_columns
+from runner.engine.sequence import Sequence, SequenceFactory, num_columns
 from runner.engine.speculation import Launched, Speculation
 from runner.engine.stats import EngineStats
-from runner.engine.stop import Decode, StopStringMatcher
-from runner.errors import ParameterError, PromptError
+from runner.engine.stop import Decode
 from runner.types import Completion, ErrorInfo, Request, SamplingParams
 
 
@@ -79,10 +79,20 @@ class Engine:
             kv_options=(kv_options or KVOptions()).with_spare(self._num_spare),
         )
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
-        self._eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
+        eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
         if speculation is not None:
             speculation.bind(self._runner, max_model_len)
         self.memory = self._runner.memory_budget(memory_budget)
+        self._admission = Admission(
+            memory=self.memory,
+            vocab_size=self._runner.vocab_size,
+            eos_token_ids=eos,
+            max_model_len=max_model_len,
+            has_decode=decode is not None,
+        )
+        self._new_sequence = SequenceFactory(
+            eos_token_ids=eos, max_model_len=max_model_len, decode=decode
+        )
         self._scheduler = Scheduler(
             max_batch_size=max_batch_size,
             max_prefill_tokens=self._runner.max_prefill_tokens,
@@ -91,7 +101,6 @@ class Engine:
             max_model_len=max_model_len,
             shares_prefixes=prefix_cache_bytes > 0 and not self._runner.is_recurrent,
         )
-        self._decode = decode
         self._started_over: dict[str, list[int]] = {}
         self._clear()
         self._aborting: set[str] = set()
@@ -126,42 +135,17 @@ class Engine:
         Raises:
             PromptError: the prompt is empty, leaves no room in the context or holds a token id
                 that the vocabulary does not have, or one row of it is more than the memory budget.
-            ParameterError: the sampling parameters cannot be followed by this engine, as
-                `check_params` says.
+            ParameterError: the sampling parameters cannot be followed by this engine.
         """
-        self._check(request)
+        self._admission.check(request)
         self.stats.num_requests += 1
         self._scheduler.add(request)
-
-    def _check(self, request: Request) -> None:
-        length, most = len(request.prompt_token_ids), self.max_model_len
-        check_prompt(request, self._runner.vocab_size, most)
-        if request.params.max_tokens is not None or most is not None:
-            columns = num_columns(request, most)
-            if shortage := self.memory.shortage(columns):
-                what = f"{length} tokens of prompt and up to {columns - length} of completion"
-                raise PromptError(f"{what} {shortage}")
-        self.check_params(request.params, request.bad_words_token_ids)
 
     def check_params(
         self, params: SamplingParams, bad_words_token_ids: Collection[Collection[int]]
     ) -> None:
-        """Raises ParameterError for what no request to this engine can ask.
-
-        That is stop strings without a `decode`, no limit at all, bad words that are not tokenised,
-        token ids that the vocabulary does not have, options that leave no token to sample, and a
-        max_tokens that the memory budget does not hold.
-        """
-        check = ParamsCheck(
-            vocab_size=self._runner.vocab_size,
-            eos_token_ids=self._eos,
-            has_decode=self._decode is not None,
-            has_limit=self.max_model_len is not None,
-        )
-        check(params, bad_words_token_ids)
-        most = [self.max_model_len, None if params.max_tokens is None else params.max_tokens + 1]
-        if shortage := self.memory.shortage(min(limit for limit in most if limit is not None)):
-            raise ParameterError(f"max_tokens={params.max_tokens} is not allowed: a row {shortage}")
+        """Raises ParameterError for what no request to this engine can ask, as `Admission` says."""
+        self._admission.check_params(params, bad_words_token_ids)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Runs requests, pulled as they are needed; yields each sample as it finishes."""
@@ -245,12 +229,7 @@ class Engine:
 
     def _free_rows(self, placed: Iterable[Sequence] = ()) -> FreeRows:
         """How many rows could start now, by the columns that the longest of them comes to."""
-        rows = [*self._batch.sequences, *placed]
-        most = max((row.num_columns for row in rows), default=0)
-        return lambda columns: self._max_rows(max(columns, most)) - len(rows)
-
-    def _max_rows(self, num_columns: int) -> int:
-        return min(self.max_batch_size, self.memory.max_rows(num_columns))
+        return self._admission.free_rows([*self._batch.sequences, *placed], self.max_batch_size)
 
     def _start_ready(self) -> None:
         """Starts as many samples of prefilled prompts as there are free rows."""
@@ -273,7 +252,7 @@ class Engine:
     def _place(self, started: list[Sequence]) -> None:
         """Gives rows their slots, all at once: where the slots grow, they are copied whole."""
         most = max(row.num_columns for row in [*self._batch.sequences, *started])
-        if len(self._batch.rows) > self._max_rows(most):
+        if len(self._batch.rows) > self._admission.max_rows(most, self.max_batch_size):
             # Rows may be fewer where they are longer, and an empty slot is as long as any.
             self._runner.caches.keep_rows(self._batch.compact())
         for sequence in started:
@@ -281,27 +260,7 @@ class Engine:
         self._reserve()
 
     def _sequence(self, prompt: ReadyPrompt, index: int) -> Sequence:
-        request, matcher = prompt.request, None
-        params = request.params
-        if params.stop:
-            assert self._decode is not None, "checked when the request was added"
-            matcher = StopStringMatcher(
-                params.stop,
-                self._decode,
-                skip_special_tokens=params.skip_special_tokens,
-                min_tokens=params.min_tokens,
-            )
-        length = len(request.prompt_token_ids)
-        stop_token_ids = frozenset(params.stop_token_ids)
-        return Sequence(
-            request,
-            index,
-            max_tokens=num_columns(request, self.max_model_len) - length,
-            stop_token_ids=stop_token_ids | (frozenset() if params.ignore_eos else self._eos),
-            eos_token_ids=self._eos,
-            stop_matcher=matcher,
-            prompt_logprobs=prompt.reader,
-        )
+        return self._new_sequence(prompt.request, index, prompt_logprobs=prompt.reader)
 
     def _reserve(self) -> None:
         live = self._batch.sequences

@@ -129,6 +129,7 @@ class ModelRunner:
         self._kernels = CPUKernels(model)
         kinds, self.vocab_size = layer_kinds(model)
         self.kinds = kv_options.applied(kinds)
+        self._num_spare = kv_options.num_spare
         self.is_recurrent = any(kind.is_recurrent for kind in self.kinds)
         self._prefill_step_size = prefill_step_size
         self._prefix_cache_bytes = prefix_cache_bytes
@@ -242,6 +243,7 @@ class ModelRunner:
             weights_bytes=sum(array.nbytes for _, array in parameters),
             prefix_cache_bytes=self._prefix_cache_bytes,
             max_prefill_tokens=self.max_prefill_tokens,
+            num_spare=self._num_spare,
         )
 
     def clear_prefix_cache(self) -> None:

@@ -5,8 +5,16 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import isnan
 
-from runner.engine.stop import StopStringMatcher
-from runner.types import Completion, ErrorInfo, FinishReason, Logprob, Request, TokenLogprobs
+from runner.engine.stop import Decode, StopStringMatcher
+from runner.types import (
+    Completion,
+    ErrorInfo,
+    FinishReason,
+    Logprob,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 _NAN = "a logprob is not a number: the model's own, or the options left no token"
 
@@ -137,4 +145,45 @@ class Sequence:
             error=self.error,
             num_drafted=self.num_drafted,
             num_accepted=self.num_accepted,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceFactory:
+    """Makes the sequences of one engine."""
+
+    eos_token_ids: frozenset[int]
+    max_model_len: int | None
+    decode: Decode | None
+
+    def __call__(
+        self,
+        request: Request,
+        index: int,
+        *,
+        prompt_logprobs: Callable[[], TokenLogprobs] | None = None,
+    ) -> Sequence:
+        """A sample of `request`, with nothing sampled yet."""
+        params = request.params
+        stop_token_ids = frozenset(params.stop_token_ids)
+        return Sequence(
+            request,
+            index,
+            max_tokens=num_columns(request, self.max_model_len) - len(request.prompt_token_ids),
+            stop_token_ids=stop_token_ids
+            | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            eos_token_ids=self.eos_token_ids,
+            stop_matcher=self._matcher(params),
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _matcher(self, params: SamplingParams) -> StopStringMatcher | None:
+        if not params.stop:
+            return None
+        assert self.decode is not None, "checked when the request was added"
+        return StopStringMatcher(
+            params.stop,
+            self.decode,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
         )

@@ -9,6 +9,7 @@ from runner.engine.batch import Batch, InFlight
 from runner.engine.gate import Acceptance, Gate
 from runner.engine.model_runner import ModelRunner
 from runner.engine.proposers import Draft, InOrder, Proposer
+from runner.engine.rewind import check_rewind
 from runner.engine.sampler import Sampler
 from runner.engine.sequence import Draw
 from runner.engine.sequence import Sequence as Row
@@ -143,7 +144,12 @@ class Speculation:
         self._runner: ModelRunner | None = None
 
     def bind(self, runner: ModelRunner, max_model_len: int | None) -> None:
-        """Takes the model whose draws decide."""
+        """Takes the model whose draws decide.
+
+        Raises:
+            ParameterError: its rows cannot go back from a rejected token.
+        """
+        check_rewind(runner)
         self._runner, self._max_model_len = runner, max_model_len
 
     @property
