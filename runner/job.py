@@ -65,6 +65,9 @@ class RunContext:
         self.config = config
         self.directory = Path(config.output.dir)
         self.params = _sampling_params(config)
+        if self.params.max_tokens == 0 and config.speculative.proposers:
+            given = f"speculative.proposers={list(config.speculative.proposers)}"
+            raise ParameterError(f"{given} is not allowed: this job samples nothing to draft")
         self.dataset: Dataset = instantiate(config.data)
         prompt_builder(self.dataset)  # Refuses options that no row could have a prompt with.
         corpus = {"data.content": corpus_digest(self.dataset)} if is_corpus else {}
@@ -107,6 +110,7 @@ class RunContext:
             if self.dataset.id_column is not None and self.dataset.is_local:
                 check_ids(self.dataset)
             options = _plain(self.config.model) | _plain(self.config.engine)
+            options["speculative"] = _plain(self.config.speculative)
             self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
             self.llm.check(self.params)
             self.on_loaded(self.llm)

@@ -16,11 +16,13 @@ from runner.device_memory import default_memory_budget, parse_bytes
 from runner.engine.engine import Engine
 from runner.engine.invariance import check_batch_invariance
 from runner.engine.kv_options import KVOptions
+from runner.engine.speculation import MOST_DRAFTED
 from runner.errors import ParameterError, PromptError, RowError
 from runner.progress import Progress
 from runner.prompt_requests import PromptLike, as_prompt, prompt_requests
 from runner.prompts import encode_bad_words, encode_prompt
 from runner.scores import ScoreInput, in_order_of_work, scored_texts
+from runner.speculative import SpeculativeOptions, build_speculation
 from runner.texts import Texts
 from runner.types import (
     Completion,
@@ -66,15 +68,19 @@ class LLM:
         quantized_kv_start: int = 0,
         max_kv_size: int | None = None,
         batch_invariant: bool = False,
+        speculative: str | Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
+
+        `speculative` is ngram, auto or none, or a mapping with the options of `SpeculativeConfig`.
 
         Raises:
             ModelError: the model cannot be loaded, or the engine does not cover its kind.
             ParameterError: an option has a value that is not allowed.
         """
         _check_batch_size(max_batch_size)
+        drafting = SpeculativeOptions.of(speculative)
         budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
         if not isinstance(model, LoadedModel):
             model = load_model(
@@ -99,6 +105,8 @@ class LLM:
                 kv_group_size=kv_group_size,
                 quantized_kv_start=quantized_kv_start,
                 max_kv_size=max_kv_size,
+                # The order of the sums hangs on it.
+                num_spare=MOST_DRAFTED if batch_invariant else 0,
             ),
             max_model_len=model.max_model_len,
             eos_token_ids=model.tokenizer.eos_token_ids,
@@ -106,7 +114,11 @@ class LLM:
         )
         if batch_invariant:
             check_batch_invariance(make_engine, max_batch_size=size)
-        self.engine = make_engine(max_batch_size=size, prefill_step_size=prefill_step_size)
+        self.engine = make_engine(
+            max_batch_size=size,
+            prefill_step_size=prefill_step_size,
+            speculation=build_speculation(drafting, model),
+        )
         self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
         self._num_calls = 0
         self._pending: dict[str, _Pending] = {}

@@ -15,12 +15,14 @@ from runner.models.load import load_model  # First: it loads the BLAS, then mlx.
 
 # isort: split
 import numpy as np
+from guesses import Guesses
 from tiny import VOCAB_SIZE, make_engine, request, tiny_model
 from tiny_architectures import tiny_architecture
 
 from runner.engine.engine import Engine
 from runner.engine.invariance import check_batch_invariance
-from runner.types import Request
+from runner.engine.speculation import Speculation
+from runner.types import Completion, Request
 
 RANDOM = random.Random(5)
 WAYS = [
@@ -28,6 +30,8 @@ WAYS = [
     for rows in (1, 3, 8, 32)
     for step in (16, 512)
 ]
+SPARE = 8
+"""Columns of a ring beyond its window, with drafts or without: sums follow the columns."""
 UNCACHED = {"max_batch_size": 5, "prefill_step_size": 16, "prefix_cache_bytes": 0}
 SAMPLING = [
     {},
@@ -60,6 +64,12 @@ def digest(engine: Engine, asked: list[Request]) -> str:
     return state.hexdigest()
 
 
+def drafting(known: list[Completion], **way: int) -> dict[str, object]:
+    """The same way with drafts, right and wrong ones by chance."""
+    guesses = Guesses({(it.request_id, it.index): it for it in known})
+    return way | {"speculation": Speculation([guesses], num_draft_tokens=SPARE)}
+
+
 def check_scores(engine: Engine, asked: list[Request], tolerance: float) -> None:
     """What was sampled is scored, later and in other batches, with the bits it was sampled with.
 
@@ -86,14 +96,16 @@ def check_scores(engine: Engine, asked: list[Request], tolerance: float) -> None
 
 def tiny(name: str) -> Callable[..., Engine]:
     if name == "sinks":
-        return partial(make_engine, tiny_architecture("gpt_oss"), max_model_len=700)
+        model = tiny_architecture("gpt_oss")
+        return partial(make_engine, model, max_model_len=700, num_spare=SPARE)
     changes: dict[str, object] = {}
     if name == "sliding":
         changes = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 6}
     if name == "quantised":
         changes = {"head_dim": 32}
     options = {"kv_bits": 4, "kv_group_size": 32} if name == "quantised" else {}
-    return partial(make_engine, tiny_model(**changes), max_model_len=700, **options)
+    model = tiny_model(**changes)
+    return partial(make_engine, model, max_model_len=700, num_spare=SPARE, **options)
 
 
 def main() -> None:
@@ -107,6 +119,9 @@ def main() -> None:
     for way in ways:
         RANDOM.shuffle(asked)
         found[str(way)] = digest(make(**way), asked)
+    known = list(make(max_batch_size=16).run(asked))
+    for way in ways[::3]:
+        found[f"{way} with drafts"] = digest(make(**drafting(known, **way)), asked)
     asked.sort(key=lambda it: it.request_id)
     found["in order"] = digest(make(max_batch_size=16), asked)
     is_ring = sys.argv[1] in ("sliding", "sinks")

@@ -11,7 +11,9 @@ LEVELS = [
     {"types", "errors", "config"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "overrides", "run_log", "trackers"},
-    {"batch_size", "identity", "openai", "prompt_requests", "status", "texts", "watch"},
+    {"batch_size", "identity", "openai", "prompt_requests", "status", "texts", "watch"}
+    | {"earlier_results"},
+    {"speculative"},
     {"llm"},
     {"report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
     {"job", "documents", "choices"},

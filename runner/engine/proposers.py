@@ -41,6 +41,10 @@ class Proposer(Protocol):
         """Whether a draft costs next to nothing, so that it is made before it is known to pay."""
         ...
 
+    def bind(self, vocab_size: int) -> None:
+        """Tells how many tokens the target has logits for, before anything else."""
+        ...
+
     def propose(self, rows: Sequence[Row], counts: Sequence[int]) -> list[Draft]:
         """A draft for each row, empty or of up to its count of tokens."""
         ...
@@ -57,6 +61,11 @@ class InOrder:
         assert all(one.is_free for one in proposers), "what costs time is asked on its own"
         self._proposers = list(proposers)
         self.is_free = True
+
+    def bind(self, vocab_size: int) -> None:
+        """Passes on how many tokens there are."""
+        for proposer in self._proposers:
+            proposer.bind(vocab_size)
 
     def propose(self, rows: Sequence[Row], counts: Sequence[int]) -> list[Draft]:
         """A draft for each row."""
@@ -109,6 +118,9 @@ class NgramProposer:
         self._groups: dict[str, NgramIndex] = {}
         self._num_rows: Counter[str] = Counter()
         self._finished = RecentTexts(least, most, num_tokens=_JOB_TOKENS)
+
+    def bind(self, vocab_size: int) -> None:
+        """Nothing to know: every token comes from a row."""
 
     def propose(self, rows: Sequence[Row], counts: Sequence[int]) -> list[Draft]:
         """A draft for each row whose last tokens came before."""
@@ -199,6 +211,9 @@ class PreviousProposer:
         self.is_free = True
         self._lookup, self._sizes = lookup, (least, most)
         self._rows: dict[Row, _Earlier] = {}
+
+    def bind(self, vocab_size: int) -> None:
+        """Nothing to know: a token that is not there is not drafted."""
 
     def propose(self, rows: Sequence[Row], counts: Sequence[int]) -> list[Draft]:
         """A draft for each row that was in the earlier run."""

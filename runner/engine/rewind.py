@@ -11,7 +11,7 @@ _STARTS = (0, 2)
 _WIDTH = 3
 
 
-def check_rewind(runner: ModelRunner) -> None:
+def check_rewind(runner: ModelRunner, which: str = "this model") -> None:
     """Forwards a few tokens one by one, and several at once over the ones of before.
 
     Raises:
@@ -20,7 +20,7 @@ def check_rewind(runner: ModelRunner) -> None:
     for index, kind in enumerate(runner.kinds):
         if kind.is_recurrent:
             why = f"layer {index} keeps a state, which cannot go back from a rejected token"
-            raise ParameterError(f"speculative is not allowed with this model: {why}")
+            raise ParameterError(f"speculative is not allowed with {which}: {why}")
     try:
         is_same = _is_same(runner)
     except (TypeError, ValueError):  # A shape that the model did not think of.
@@ -29,7 +29,7 @@ def check_rewind(runner: ModelRunner) -> None:
         runner.drop_caches()
     if not is_same:
         why = "it does not take several tokens at once in rows of different lengths"
-        raise ParameterError(f"speculative is not allowed with this model: {why}")
+        raise ParameterError(f"speculative is not allowed with {which}: {why}")
 
 
 def _is_same(runner: ModelRunner) -> bool:

@@ -150,12 +150,22 @@ class Speculation:
             ParameterError: its rows cannot go back from a rejected token.
         """
         check_rewind(runner)
+        for proposer in self.proposers:
+            proposer.bind(runner.vocab_size)
         self._runner, self._max_model_len = runner, max_model_len
 
     @property
     def needs_draws(self) -> bool:
         """Whether the next step is launched only after the one before it is read."""
         return self._gate is None or self._gate.looks
+
+    def report(self) -> dict[str, Any]:
+        """The numbers as `summary.json` has them."""
+        return {
+            "num_draft_tokens": self.num_draft_tokens,
+            "gate": self._gate is not None,
+            **self.stats.report(),
+        }
 
     def end(self, row: Row) -> None:
         """Forgets a row that has left the batch."""

@@ -36,12 +36,13 @@ def digests(model: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("model", ["full", "sliding", "sinks", "quantised"])
 def test_64_requests_have_the_same_bits_in_any_batch(model):
-    """Batches of 1, 3, 8 and 32, shuffled, prefilled 16 and 512 tokens at a time, cached or not.
+    """Batches of 1, 3, 8 and 32, shuffled, prefilled 16 and 512 tokens at a time, cached or not,
+    and with drafts or without.
 
     And scored with the bits that they were sampled with, which the script asserts.
     """
     found = digests(model)
-    assert len(found) == 10
+    assert len(found) == 13 and sum("drafts" in way for way in found) == 3
     assert len(set(found.values())) == 1, found
 
 
