@@ -1,6 +1,5 @@
 """`LLM`: text in, text out; joins a model, its tokenizer and the engine."""
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,15 +10,18 @@ from typing import Any
 from runner.models.load import LoadedModel, load_model  # First: it loads the BLAS, then mlx.
 
 # isort: split
-from runner.batch_size import BatchSizeChoice, choose_batch_size
+from runner.batch_size import check_batch_size, settled_batch_size
 from runner.device_memory import default_memory_budget, parse_bytes
+from runner.engine.adapters import SwapMode
 from runner.engine.engine import Engine
 from runner.engine.invariance import check_batch_invariance
 from runner.engine.kv_options import KVOptions
 from runner.engine.speculation import MOST_DRAFTED
 from runner.errors import ParameterError, PromptError, RowError
+from runner.models.adapters import adapter_weights
+from runner.models.new_weights import exchange_weights, read_new_weights
 from runner.progress import Progress
-from runner.prompt_requests import PromptLike, as_prompt, prompt_requests
+from runner.prompt_requests import PromptLike, adapter_names, as_prompt, prompt_requests
 from runner.prompts import encode_bad_words, encode_prompt
 from runner.scores import ScoreInput, in_order_of_work, scored_texts
 from runner.speculative import SpeculativeOptions, build_speculation
@@ -69,6 +71,7 @@ class LLM:
         max_kv_size: int | None = None,
         batch_invariant: bool = False,
         speculative: str | Mapping[str, Any] | None = None,
+        max_adapters: int = 8,
         seed: int = 0,
     ) -> None:
         """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
@@ -79,7 +82,7 @@ class LLM:
             ModelError: the model cannot be loaded, or the engine does not cover its kind.
             ParameterError: an option has a value that is not allowed.
         """
-        _check_batch_size(max_batch_size)
+        check_batch_size(max_batch_size)
         drafting = SpeculativeOptions.of(speculative)
         budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
         if not isinstance(model, LoadedModel):
@@ -94,12 +97,13 @@ class LLM:
         self.seed = seed
         self._texts = Texts(model.tokenizer)
         budget = default_memory_budget() if budget is None else budget
-        size = self._settled_batch_size(max_batch_size, budget)
+        size, self.batch_size_choice = settled_batch_size(max_batch_size, model, budget)
         make_engine = partial(
             Engine,
             model.model,
             memory_budget=budget,
             prefix_cache_bytes=prefix_cache_bytes,
+            max_adapters=max_adapters,
             kv_options=KVOptions(
                 kv_bits=kv_bits,
                 kv_group_size=kv_group_size,
@@ -123,15 +127,6 @@ class LLM:
         self._num_calls = 0
         self._pending: dict[str, _Pending] = {}
 
-    def _settled_batch_size(self, asked: int | str, memory_budget: int) -> int:
-        """The number of rows, measured and said where it was left to us."""
-        self.batch_size_choice: BatchSizeChoice | None = None
-        if not isinstance(asked, str):
-            return asked
-        self.batch_size_choice = choose_batch_size(self.loaded, memory_budget=memory_budget)
-        print(self.batch_size_choice, file=sys.stderr)
-        return self.batch_size_choice.max_batch_size
-
     def get_tokenizer(self) -> Any:
         """The tokenizer, by the name that vLLM gives this."""
         return self.tokenizer
@@ -141,35 +136,41 @@ class LLM:
         prompts: PromptLike | Sequence[PromptLike],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | None | Sequence[str | None] = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes each prompt; returns the outputs in the order of the prompts.
 
         Without `SamplingParams.seed` every call draws anew, and a script draws the same again;
-        with it, a call repeated gives the same.
+        with it, a call repeated gives the same. `adapter` names a loaded adapter for all prompts,
+        or one or None for each in a list.
 
         Raises:
-            PromptError: a prompt is empty or does not fit the context.
+            PromptError: a prompt is empty or does not fit the context, or its adapter is unknown.
         """
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        return self._run_in_order([as_prompt(p) for p in listed], sampling_params, use_tqdm)
+        asked = self._requests([as_prompt(p) for p in listed], sampling_params, adapter)
+        return self._run_in_order(asked, use_tqdm)
 
     def as_completed(
         self,
         prompts: Sequence[PromptLike],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None | Sequence[str | None] = None,
     ) -> Iterator[RequestOutput]:
         """Completes each prompt; yields outputs as they finish, `request_id` the prompt's place.
 
         A prompt that cannot be run comes out with `error` set, and the others go on.
         """
-        return self.run(self._requests([as_prompt(p) for p in prompts], sampling_params))
+        return self.run(self._requests([as_prompt(p) for p in prompts], sampling_params, adapter))
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | None | Sequence[str | None] = None,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
@@ -181,7 +182,7 @@ class LLM:
         options = dict(chat_template_kwargs or {})
         listed: list[Any] = [messages] if one else list(messages)
         prompts = [Prompt(messages=list(m), chat_template_kwargs=options) for m in listed]
-        return self._run_in_order(prompts, sampling_params, use_tqdm)
+        return self._run_in_order(self._requests(prompts, sampling_params, adapter), use_tqdm)
 
     def score(
         self,
@@ -189,18 +190,22 @@ class LLM:
         *,
         top_logprobs: int = 0,
         entropy: bool = False,
+        adapter: str | None | Sequence[str | None] = None,
         use_tqdm: bool = True,
     ) -> list[Score]:
         """Log-probabilities of given texts in the model's own distribution, float32.
 
         An input is a text, a list of token ids, or a tuple (context, continuation) of which the
         continuation alone is scored; a list of continuations gives a score for each. The scores are
-        in the order of the inputs. `top_logprobs` alternatives come with each token, 0 to 100.
+        in the order of the inputs. `top_logprobs` alternatives come with each token, 0 to 100;
+        `adapter` is as in `generate`.
 
         Raises:
             PromptError: a text is empty, or does not fit the context.
         """
-        scores = self.score_as_completed(inputs, top_logprobs=top_logprobs, entropy=entropy)
+        scores = self.score_as_completed(
+            inputs, top_logprobs=top_logprobs, entropy=entropy, adapter=adapter
+        )
         done: list[Score] = []
         with Progress(None, enabled=use_tqdm) as progress:
             for score in scores:
@@ -211,7 +216,12 @@ class LLM:
         return sorted(done, key=lambda score: (score.index, score.choice))
 
     def score_as_completed(
-        self, inputs: Sequence[ScoreInput], *, top_logprobs: int = 0, entropy: bool = False
+        self,
+        inputs: Sequence[ScoreInput],
+        *,
+        top_logprobs: int = 0,
+        entropy: bool = False,
+        adapter: str | None | Sequence[str | None] = None,
     ) -> Iterator[Score]:
         """Like `score`, but yields each score as it is there, longest texts first.
 
@@ -221,7 +231,11 @@ class LLM:
             raise ParameterError(f"top_logprobs={top_logprobs} is not allowed: 0 to 100")
         texts = in_order_of_work(scored_texts(inputs, self.tokenizer))
         by_id = {text.request_id: text for text in texts}
-        requests = (text.request(num_top=top_logprobs, entropy=entropy) for text in texts)
+        names = adapter_names(adapter, len(inputs))
+        requests = (
+            text.request(num_top=top_logprobs, entropy=entropy, adapter=names[text.index])
+            for text in texts
+        )
         return (by_id[output.request_id].score(output) for output in self.run(requests))
 
     def run(
@@ -252,19 +266,52 @@ class LLM:
         finally:
             self._abort_pending()
 
+    @property
+    def weight_version(self) -> int:
+        """Counts the changes of weights: 0 before the first adapter, see `Completion`."""
+        return self.engine.adapters.weight_version
+
+    def load_adapter(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        *,
+        arrays: Mapping[str, Any] | None = None,
+        scale: float | None = None,
+        mode: SwapMode = "keep",
+    ) -> int:
+        """Lets `name` stand for an adapter from the next step on; returns the weight version.
+
+        The adapter is a directory as mlx-lm or PEFT write it, or `arrays` by the names that either
+        gives them with their `scale` (PEFT: alpha / r). It is read and checked aside. A name that
+        is taken gets the new content: rows in flight end with the old one (mode keep) or go on
+        under the new one (update), and each says which version gave which tokens.
+
+        Raises:
+            AdapterError: it cannot be read or does not fit; what the name stood for serves on.
+        """
+        return self.engine.load_adapter(name, adapter_weights(path, arrays, scale), mode=mode)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; rows in flight end with it, and requests that wait for it fail."""
+        self.engine.unload_adapter(name)
+
+    def update_weights(self, path: str | Path) -> int:
+        """Gives the model other weights, the safetensors of a directory, between two steps.
+
+        They are read and checked aside. Rows in flight go on under them; adapters stay loaded.
+        Returns the weight version. Raises ModelError; the weights of before serve on.
+        """
+        exchange_weights(self.model, read_new_weights(self.model, path))
+        return self.engine.weights_changed()
+
     def check(self, params: SamplingParams) -> None:
         """Raises ParameterError where no request can be sampled as `params` say."""
-        self.engine.check_params(params, self._bad_words_token_ids(params))
+        self.engine.admission.check_params(params, self._bad_words_token_ids(params))
 
-    def _run_in_order(
-        self,
-        prompts: list[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
-        requests = self._requests(prompts, sampling_params)
+    def _run_in_order(self, requests: list[PromptRequest], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
-        with Progress(len(prompts), enabled=use_tqdm) as progress:
+        with Progress(len(requests), enabled=use_tqdm) as progress:
             for output in self.run(requests):
                 if output.error is not None:
                     raise PromptError(f"prompt {output.request_id}: {output.error.message}")
@@ -276,9 +323,10 @@ class LLM:
         self,
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | None | Sequence[str | None],
     ) -> list[PromptRequest]:
         self._num_calls += 1
-        return prompt_requests(prompts, sampling_params, call=self._num_calls)
+        return prompt_requests(prompts, sampling_params, call=self._num_calls, adapter=adapter)
 
     def _start(self, request: PromptRequest | RequestOutput) -> RequestOutput | None:
         """Hands a request to the engine; the output of one that cannot be run."""
@@ -301,6 +349,7 @@ class LLM:
                     bad_words_token_ids=self._bad_words_token_ids(params),
                     logprobs_start=request.logprobs_start,
                     prompt_entropy=request.prompt_entropy,
+                    adapter=request.adapter,
                 )
             )
         except RowError as error:
@@ -347,11 +396,3 @@ class LLM:
         self._pending.clear()
         while self.engine.has_unfinished:
             self.engine.step()
-
-
-def _check_batch_size(value: object) -> None:
-    is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if not is_size and value != "auto":
-        raise ParameterError(
-            f"max_batch_size={value!r} is not allowed: a whole number of at least 1, or auto"
-        )

@@ -31,11 +31,14 @@ def prompt_requests(
     sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     *,
     call: int,
+    adapter: str | None | Sequence[str | None] = None,
 ) -> list[PromptRequest]:
     """Requests named by their place; a repeated prompt is told apart by its occurrence.
 
-    `call` counts the calls of an `LLM`: without a seed each of them draws anew.
+    `call` counts the calls of an `LLM`: without a seed each of them draws anew. `adapter` is the
+    name for all or a list with one for each. Raises ParameterError for a list of another length.
     """
+    adapters = adapter_names(adapter, len(prompts))
     given = sampling_params or SamplingParams()
     params = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
     if len(params) != len(prompts):
@@ -44,10 +47,23 @@ def prompt_requests(
         )
     seen: Counter[str] = Counter()
     requests = []
-    for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+    for index, (prompt, one, name) in enumerate(zip(prompts, params, adapters, strict=True)):
         digest = prompt_digest(prompt)
         drawn = f"call {call}/" if one.seed is None else ""
         key = f"{drawn}{digest}/{seen[digest]}"
         seen[digest] += 1
-        requests.append(PromptRequest(request_id=str(index), prompt=prompt, params=one, key=key))
+        requests.append(
+            PromptRequest(request_id=str(index), prompt=prompt, params=one, key=key, adapter=name)
+        )
     return requests
+
+
+def adapter_names(given: str | None | Sequence[str | None], count: int) -> list[str | None]:
+    """An adapter's name, or None, for each of `count` prompts or texts.
+
+    Raises ParameterError for a list of another length.
+    """
+    names = [given] * count if given is None or isinstance(given, str) else list(given)
+    if len(names) != count:
+        raise ParameterError(f"adapter has {len(names)} entries for {count} prompts")
+    return names

@@ -151,6 +151,8 @@ class PromptRequest:
     """Where `params.prompt_logprobs` asks: the first prompt token that is scored."""
     prompt_entropy: bool = False
     """Where `params.prompt_logprobs` asks: the entropies as well."""
+    adapter: str | None = None
+    """The name of a loaded adapter; None for the model as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +172,8 @@ class Request:
     it is context, which requests that begin alike share."""
     prompt_entropy: bool = False
     """Where `params.prompt_logprobs` asks: the entropies as well."""
+    adapter: str | None = None
+    """The name of a loaded adapter; None for the model as it is."""
 
     def __post_init__(self) -> None:
         length = len(self.prompt_token_ids)
@@ -238,6 +242,16 @@ class ErrorInfo:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class WeightSpan:
+    """The tokens of a completion, `start` to `end`, that one version of the weights gave."""
+
+    version: int
+    """Counts the changes of weights since the `LLM` was made: 0 is before the first."""
+    start: int
+    end: int
+
+
 @dataclass(slots=True, kw_only=True)
 class Completion:
     """One finished sample of a request."""
@@ -266,6 +280,11 @@ class Completion:
     """Those of them that the model then drew itself."""
     error: ErrorInfo | None = None
     """Why, where `finish_reason` is error."""
+    adapter: str | None = None
+    adapter_digest: str | None = None
+    """Names the content of the adapter; where it was swapped on the way, that of the last token."""
+    weight_versions: list[WeightSpan] = field(default_factory=list)
+    """Which weights gave which tokens, in order."""
 
     @property
     def cumulative_logprob(self) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
-    {"types", "errors", "config"},
+    {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "overrides", "run_log", "trackers"},
     {"batch_size", "identity", "openai", "prompt_requests", "status", "texts", "watch"}

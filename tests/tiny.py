@@ -59,6 +59,7 @@ def request(
     bad_words_token_ids: Sequence[Sequence[int]] = (),
     logprobs_start: int = 1,
     prompt_entropy: bool = False,
+    adapter: str | None = None,
     **params: Any,
 ) -> Request:
     """A request whose key is its id, with seed 0, unless said otherwise."""
@@ -70,6 +71,7 @@ def request(
         bad_words_token_ids=bad_words_token_ids,
         logprobs_start=logprobs_start,
         prompt_entropy=prompt_entropy,
+        adapter=adapter,
     )
 
 

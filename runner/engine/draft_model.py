@@ -78,15 +78,17 @@ class DraftModelProposer:
             prefill_step_size=prefill_step_size,
             prefix_cache_bytes=0,
             kv_options=KVOptions(num_spare=_SPARE),
+            max_adapters=1,
         )
         check_rewind(self._runner, "the draft model")
         self._vocab_size = self._runner.vocab_size
         self._sampler = Sampler()
         self._slots: list[_Slot | None] = []
 
-    def bind(self, vocab_size: int) -> None:
+    def bind(self, vocab_size: int) -> ModelRunner:
         """Takes the target's vocabulary; either model may have more ids, for padding."""
         self._vocab_size = vocab_size
+        return self._runner
 
     def propose(self, rows: Sequence[Row], counts: Sequence[int]) -> list[Draft]:
         """A draft of as many tokens as are asked for."""
@@ -179,7 +181,7 @@ class DraftModelProposer:
             padded[place, : len(token_ids)] = token_ids
             last[place] = len(token_ids) - 1
             positions[place] = slot.num_cached + max(0, len(slot.drafted) - 1)
-        logits = self._runner.forward_rows(mx.array(padded), positions)
+        logits = self._runner.forward_rows(mx.array(padded), positions, [None] * len(last))
         return logits[mx.arange(len(last)), mx.array(last)]
 
     def _draw(self, logits: mx.array, slots: Sequence[_Slot]) -> None:

@@ -11,9 +11,9 @@ _FORGOTTEN = 512
 """Steps after which a time that looked bad is not believed any more."""
 _MARGIN = 1.02
 """How much faster drafts have to look: times are never exact."""
-_NUM_LOOKS = 8
+_NUM_LOOKS = 4
 """Steps without use after which the gate rests, where looking costs something."""
-_MOST_REST = 64
+_MOST_REST = 128
 _PRIOR = 0.6
 """Chance of a drafted token of which nothing is known."""
 _PRIOR_WEIGHT = 2.0
@@ -69,6 +69,7 @@ class Acceptance:
 
 @dataclass(slots=True)
 class _Time:
+    num_positions: int
     seconds: float
     step: int
     count: int = 1
@@ -89,11 +90,11 @@ class _Times:
         bucket = self._bucket(num_positions)
         time = self.known.get(bucket)
         if time is None or step - time.step > _FORGOTTEN:
-            self.known[bucket] = _Time(seconds, step)
+            self.known[bucket] = _Time(num_positions, seconds, step)
             return
         new = min(seconds, 2 * time.seconds)  # A step that was held up says little.
         mean = min(time.seconds, new) if time.count == 1 else 0.7 * time.seconds + 0.3 * new
-        self.known[bucket] = _Time(mean, step, time.count + 1)
+        self.known[bucket] = _Time(num_positions, mean, step, time.count + 1)
 
     def exact(self, num_positions: int, step: int, *, most_age: int) -> float | None:
         """The seconds that were measured, not longer ago than `most_age` steps."""
@@ -105,18 +106,18 @@ class _Times:
 
         So a size that has not been tried looks good, and is tried.
         """
-        found = {**other.known, **self.known}
-        buckets = sorted(found)
-        here = self._bucket(num_positions)
-        place = bisect_left(buckets, here)
-        if place == len(buckets):
-            return found[buckets[-1]].seconds
-        above = buckets[place]
-        if place == 0 or above == here:
-            return found[above].seconds
-        below = buckets[place - 1]
-        share = (here - below) / (above - below)
-        return found[below].seconds * (1 - share) + found[above].seconds * share
+        found = {it.num_positions: it.seconds for it in other.known.values()}
+        found |= {it.num_positions: it.seconds for it in self.known.values()}
+        sizes = sorted(found)
+        place = bisect_left(sizes, num_positions)
+        if place == len(sizes):
+            return found[sizes[-1]]
+        above = sizes[place]
+        if place == 0 or above == num_positions:
+            return found[above]
+        below = sizes[place - 1]
+        share = (num_positions - below) / (above - below)
+        return found[below] * (1 - share) + found[above] * share
 
 
 class Gate:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, get_args
 
+from runner.engine.model_runner import ModelRunner
 from runner.engine.ngrams import Match, NgramIndex, RecentTexts, longest
 from runner.engine.sequence import Sequence as Row
 from runner.errors import ParameterError
@@ -41,8 +42,11 @@ class Proposer(Protocol):
         """Whether a draft costs next to nothing, so that it is made before it is known to pay."""
         ...
 
-    def bind(self, vocab_size: int) -> None:
-        """Tells how many tokens the target has logits for, before anything else."""
+    def bind(self, vocab_size: int) -> ModelRunner | None:
+        """Tells how many tokens the target has logits for, before anything else.
+
+        Returns what forwards here, of whose weights and caches the memory budget has to know.
+        """
         ...
 
     def propose(self, rows: Sequence[Row], counts: Sequence[int]) -> list[Draft]:
@@ -63,9 +67,7 @@ class InOrder:
         self.is_free = True
 
     def bind(self, vocab_size: int) -> None:
-        """Passes on how many tokens there are."""
-        for proposer in self._proposers:
-            proposer.bind(vocab_size)
+        """Nothing to know: each of them is told by itself."""
 
     def propose(self, rows: Sequence[Row], counts: Sequence[int]) -> list[Draft]:
         """A draft for each row."""

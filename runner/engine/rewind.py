@@ -8,7 +8,7 @@ from runner.errors import ParameterError
 _TOLERANCE = 0.05
 """Of the largest logit; a token at a wrong place, or seen where it is hidden, changes far more."""
 _STARTS = (0, 2)
-_WIDTH = 3
+_MOST = 3
 
 
 def check_rewind(runner: ModelRunner, which: str = "this model") -> None:
@@ -33,20 +33,21 @@ def check_rewind(runner: ModelRunner, which: str = "this model") -> None:
 
 
 def _is_same(runner: ModelRunner) -> bool:
-    end = max(_STARTS) + _WIDTH
+    width, none = min(_MOST, 1 + runner.num_spare), [None] * len(_STARTS)
+    end = max(_STARTS) + width
     runner.reserve(len(_STARTS), end, end)
     # Any model has the first few tokens.
     token_ids = mx.array([[(5 * i + 7 * row) % 16 for i in range(end)] for row in (0, 1)])
     for column in range(max(_STARTS)):
-        runner.forward_rows(token_ids[:, column : column + 1], [column, column])
-    columns = mx.array(_STARTS)[:, None] + mx.arange(_WIDTH)
+        runner.forward_rows(token_ids[:, column : column + 1], [column, column], none)
+    columns = mx.array(_STARTS)[:, None] + mx.arange(width)
     asked = mx.take_along_axis(token_ids, columns, axis=1)
     ones = [
-        runner.forward_rows(asked[:, i : i + 1], [start + i for start in _STARTS])
-        for i in range(_WIDTH)
+        runner.forward_rows(asked[:, i : i + 1], [start + i for start in _STARTS], none)
+        for i in range(width)
     ]
     expected = mx.concatenate(ones, axis=1).astype(mx.float32)
-    runner.forward_rows((asked + 3) % 16, list(_STARTS))  # To be rejected.
-    found = runner.forward_rows(asked, list(_STARTS)).astype(mx.float32)
+    runner.forward_rows((asked + 3) % 16, list(_STARTS), none)  # To be rejected.
+    found = runner.forward_rows(asked, list(_STARTS), none).astype(mx.float32)
     error = mx.abs(found - expected).max()
     return bool((error <= _TOLERANCE * mx.abs(expected).max()).item())

@@ -1,10 +1,11 @@
 """A sequence: one sample of a request while it is in flight, one row of the batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import isnan
 
+from runner.engine.lora import Adapter
 from runner.engine.stop import Decode, StopStringMatcher
 from runner.types import (
     Completion,
@@ -14,6 +15,7 @@ from runner.types import (
     Request,
     SamplingParams,
     TokenLogprobs,
+    WeightSpan,
 )
 
 _NAN = "a logprob is not a number: the model's own, or the options left no token"
@@ -55,6 +57,9 @@ class Sequence:
     stop_matcher: StopStringMatcher | None = None
     prompt_logprobs: Callable[[], TokenLogprobs] | None = None
     """Reads the prompt's logprobs off the device, where they are wanted and there."""
+    adapter: Adapter | None = None
+    versions: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
+    """Weight versions, each with the first token that it gave."""
     row: int = -1
     num_launched: int = 0
     """Forwards launched for this row; `token_ids` lags it by those not yet read."""
@@ -122,6 +127,20 @@ class Sequence:
         elif len(self.token_ids) == self.max_tokens:
             self.finish_reason = "length"
 
+    def go_on_under(self, adapter: Adapter | None, version: int) -> None:
+        """Lets other weights give the tokens that are not launched yet."""
+        self.adapter = adapter
+        if self.versions[-1][1] == self.num_launched:
+            self.versions.pop()
+        self.versions.append((version, self.num_launched))
+
+    def _weight_versions(self) -> list[WeightSpan]:
+        """The versions of the tokens that there are; a row without any has that which it had."""
+        length = len(self.token_ids)
+        spans = [it for place, it in enumerate(self.versions) if place == 0 or it[1] < length]
+        ends = [*(start for _, start in spans[1:]), length]
+        return [WeightSpan(*span, end) for span, end in zip(spans, ends, strict=True)]
+
     def fail(self, error: ErrorInfo) -> None:
         """Ends the row with an error."""
         self.finish_reason, self.error = "error", error
@@ -145,6 +164,9 @@ class Sequence:
             error=self.error,
             num_drafted=self.num_drafted,
             num_accepted=self.num_accepted,
+            adapter=self.request.adapter,
+            adapter_digest=None if self.adapter is None else self.adapter.digest,
+            weight_versions=self._weight_versions(),
         )
 
 
@@ -162,6 +184,8 @@ class SequenceFactory:
         index: int,
         *,
         prompt_logprobs: Callable[[], TokenLogprobs] | None = None,
+        adapter: Adapter | None = None,
+        version: int = 0,
     ) -> Sequence:
         """A sample of `request`, with nothing sampled yet."""
         params = request.params
@@ -175,7 +199,18 @@ class SequenceFactory:
             eos_token_ids=self.eos_token_ids,
             stop_matcher=self._matcher(params),
             prompt_logprobs=prompt_logprobs,
+            adapter=adapter,
+            versions=[(version, 0)],
         )
+
+    def failed(
+        self, left: Iterable[tuple[Request, list[int]]], error: ErrorInfo
+    ) -> list[Completion]:
+        """The end of samples, by request, that cannot be run."""
+        sequences = [self(request, index) for request, indices in left for index in indices]
+        for sequence in sequences:
+            sequence.fail(error)
+        return [sequence.completion() for sequence in sequences]
 
     def _matcher(self, params: SamplingParams) -> StopStringMatcher | None:
         if not params.stop:

@@ -1,7 +1,7 @@
 """Speculative decoding inside the batch: drafts, the step that tries them, what came of them."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,6 +105,11 @@ class Launched:
     looked: bool
 
     @property
+    def num_positions(self) -> int:
+        """Positions forwarded, pads included."""
+        return self.num_rows * self.width
+
+    @property
     def width(self) -> int:
         """Positions that it forwards per row."""
         return self.inner.width if isinstance(self.inner, Verified) else 1
@@ -142,17 +147,19 @@ class Speculation:
         self._chances = Acceptance()
         self._sampler = Sampler()
         self._runner: ModelRunner | None = None
+        self._rows: set[Row] = set()
+        self._broken: set[Row] = set()
 
-    def bind(self, runner: ModelRunner, max_model_len: int | None) -> None:
-        """Takes the model whose draws decide.
+    def bind(self, runner: ModelRunner, max_model_len: int | None) -> list[ModelRunner]:
+        """Takes the model whose draws decide; returns those that draft.
 
         Raises:
             ParameterError: its rows cannot go back from a rejected token.
         """
         check_rewind(runner)
-        for proposer in self.proposers:
-            proposer.bind(runner.vocab_size)
         self._runner, self._max_model_len = runner, max_model_len
+        found = [proposer.bind(runner.vocab_size) for proposer in self.proposers]
+        return [it for it in found if it is not None]
 
     @property
     def needs_draws(self) -> bool:
@@ -167,29 +174,27 @@ class Speculation:
             **self.stats.report(),
         }
 
-    def end(self, row: Row) -> None:
-        """Forgets a row that has left the batch."""
+    def _end(self, row: Row) -> None:
         self._chances.end(row)
         for proposer in (self._free, *self._costly):
             proposer.end(row)
 
-    def clear(self, rows: Sequence[Row]) -> None:
-        """Forgets all rows; they start over."""
-        for row in rows:
-            self.end(row)
-
-    def launch(self, batch: Batch, plain: Callable[[], InFlight]) -> Launched:
-        """Sends a step on its way: with drafts where they look worth it, or else a `plain` one."""
+    def launch(self, batch: Batch) -> Launched:
+        """Sends a step on its way, with drafts where they look worth it."""
+        assert self._runner is not None, "bound when the engine was made"
         started, looked = time.perf_counter(), self.needs_draws
+        for row in self._rows.difference(batch.sequences):
+            self._end(row)
+        self._rows = set(batch.sequences)
+        self._broken &= self._rows
         inner: InFlight | Verified
         if looked and (drafts := self._drafts(batch)):
-            assert self._runner is not None, "bound when the engine was made"
-            inner = verify(self._runner, self._sampler, batch.rows, drafts)
+            inner = verify(self._runner, self._sampler, batch, drafts)
             batch.forget_device()
         else:
             if not looked and self._gate is not None:
                 self._gate.pass_step()
-            inner = plain()
+            inner = batch.launch(self._runner)
         seconds = time.perf_counter() - started
         return Launched(self, inner, len(batch.rows), seconds, looked)
 
@@ -201,7 +206,8 @@ class Speculation:
             # A pad stands where a draft of another row is long: positions past the context do not
             # exist for every model.
             most = min(most, self._max_model_len - 1 - max(row.position for row in rows))
-        counts = [max(0, min(most, row.max_tokens - len(row.token_ids) - 1)) for row in rows]
+        left = [0 if row in self._broken else row.max_tokens - len(row.token_ids) for row in rows]
+        counts = [max(0, min(most, count - 1)) for count in left]
         drafts = self._asked(self._free, rows, counts)
         lengths = [len(draft) for draft in drafts]
         sources = [draft.source for draft in drafts]
@@ -212,10 +218,10 @@ class Speculation:
         if width == 1:
             return {}
         for proposer in self._costly:
-            left = [place for place, draft in enumerate(drafts) if not draft]
-            limits = [min(counts[i], width - 1) for i in left]
-            found = self._asked(proposer, [rows[i] for i in left], limits)
-            for place, draft in zip(left, found, strict=True):
+            missing = [place for place, draft in enumerate(drafts) if not draft]
+            limits = [min(counts[i], width - 1) for i in missing]
+            found = self._asked(proposer, [rows[i] for i in missing], limits)
+            for place, draft in zip(missing, found, strict=True):
                 drafts[place] = draft
         pairs = zip(rows, drafts, strict=True)
         return {row: replace(it, token_ids=it.token_ids[: width - 1]) for row, it in pairs if it}
@@ -251,15 +257,15 @@ class Speculation:
 
     def _read_drafts(self, verified: Verified) -> None:
         assert self._runner is not None
-        for slot, first, end in verified.broken():
-            self._runner.caches.clear_columns(slot, first, end)
+        for row in verified.broken:
+            slot, column = verified.starts[row]
+            self._runner.caches.clear_columns(slot, column + 1, column + verified.width)
+            self._broken.add(row)
         for row, draft in verified.rows:
             if draft:
                 counts = {"num_drafted": len(draft), "num_accepted": verified.num_accepted[row]}
                 self._chances.record(row, draft.source, **counts)
                 self.stats.record_draft(**counts)
-                if row.finish_reason is not None:
-                    self._chances.end(row)
 
 
 def _name(proposer: Proposer) -> str:

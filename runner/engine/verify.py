@@ -5,12 +5,13 @@ A drafted token is accepted where it equals the draw, and a draw depends on its 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isnan
 
 import mlx.core as mx
 import numpy as np
 
-from runner.engine.batch import InFlight
+from runner.engine.batch import Batch, InFlight
 from runner.engine.logits_processors import LogitsProcessors
 from runner.engine.model_runner import ModelRunner
 from runner.engine.proposers import Draft
@@ -71,7 +72,9 @@ class Verified:
     starts: dict[RowState, tuple[int, int]]
     """The slot of each row, and the column of its last token."""
     width: int
-    num_accepted: dict[RowState, int]
+    num_accepted: dict[RowState, int] = field(default_factory=dict)
+    broken: list[RowState] = field(default_factory=list)
+    """Rows that got a NaN, be it from a drafted token: they are to draw again, without drafts."""
 
     def read(self) -> Iterator[tuple[RowState, Draw]]:
         """Waits for the step; each row's draws up to the first that was drafted otherwise.
@@ -82,6 +85,10 @@ class Verified:
         for sequence, draft in self.rows:
             own = [next(draws)[1] for _ in range(len(draft) + 1)]
             num_accepted = 0
+            # Hidden columns have a weight of zero, and that on a NaN is a NaN.
+            if draft and any(isnan(drawn.raw_logprob) for drawn in own):
+                self.broken.append(sequence)
+                own = []
             for place, drawn in enumerate(own):
                 yield sequence, drawn
                 is_same = place < len(draft) and draft.token_ids[place] == drawn.token_id
@@ -93,30 +100,16 @@ class Verified:
             sequence.num_drafted += len(draft)
             sequence.num_accepted += num_accepted
 
-    def broken(self) -> Iterator[tuple[int, int, int]]:
-        """Slots, with first and last + 1 of the columns, where a rejected token left a NaN.
-
-        A weight of zero on it would still be a NaN for the row that these columns are hidden from.
-        """
-        packed = np.asarray(self.in_flight.samples.packed)
-        is_nan = np.isnan(packed.view(np.float32)[:, 1])
-        place = 0
-        for sequence, draft in self.rows:
-            slot, column = self.starts[sequence]
-            first = 1 + self.num_accepted.get(sequence, 0)
-            if is_nan[place + first : place + 1 + len(draft)].any():
-                yield slot, column + first, column + self.width
-            place += 1 + len(draft)
-
 
 def verify(
     runner: ModelRunner,
     sampler: Sampler,
-    rows: Sequence[RowState | None],
+    batch: Batch,
     drafts: Mapping[RowState, Draft],
 ) -> Verified:
-    """Launches a step of the slots `rows`, all of whose tokens are read, with these drafts."""
-    live = [row for row in rows if row is not None and row.wants_forward]
+    """Launches a step of a batch, all of whose tokens are read, with these drafts."""
+    rows = batch.rows
+    live = [row for row in batch.sequences if row.wants_forward]
     width = 1 + max(len(drafts.get(row, ())) for row in live)
     token_ids = np.zeros((len(rows), width), np.int32)
     positions = [0] * len(rows)
@@ -131,7 +124,7 @@ def verify(
         for count in range(len(draft) + 1):
             draws.append(Position(row, len(draws), draft.token_ids[:count]))
             places.append(row.row * width + count)
-    logits = runner.forward_rows(mx.array(token_ids), positions)  # (B, N, V)
+    logits = runner.forward_rows(mx.array(token_ids), positions, batch.adapters())  # (B, N, V)
     logits = logits.reshape(-1, logits.shape[-1])
     if len(places) < logits.shape[0]:
         logits = logits[mx.array(places)]
@@ -144,5 +137,4 @@ def verify(
         rows=[(row, drafts.get(row, Draft())) for row in live],
         starts=starts,
         width=width,
-        num_accepted={},
     )

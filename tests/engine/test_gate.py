@@ -72,17 +72,19 @@ def test_near_the_best_width(rows, chance):
 
 
 def test_as_the_batch_drains_drafts_begin_to_pay():
-    gate, chances = Gate(), Acceptance()
+    gate, chances, dice = Gate(), Acceptance(), random.Random(1)
 
     def widths(rows: int, steps: int) -> list[int]:
         found = []
         for _ in range(steps):
+            chances.fade()
             known = [chances.chance(row, "x") for row in range(rows)]
             found.append(gate.width(rows, [8] * rows, known))
             gate.record(rows, found[-1], 0.01 + 0.002 * rows * found[-1])
             for row in range(rows if found[-1] > 1 else 0):
                 drafted = found[-1] - 1
-                chances.record(row, "x", num_drafted=drafted, num_accepted=round(0.4 * drafted))
+                accepted = next((i for i in range(drafted) if dice.random() > 0.6), drafted)
+                chances.record(row, "x", num_drafted=drafted, num_accepted=accepted)
         return found
 
     assert sum(width > 1 for width in widths(32, 200)) < 30
