@@ -113,7 +113,6 @@ def _machine(llm: LLM, config: DictConfig) -> dict[str, Any]:
         "dtype": loaded.dtype,
         "weights_bytes": weights_bytes(llm),
         "engine": engine,
-        "speculative": OmegaConf.to_container(config.speculative),
         "unequal": unequal_options(engine),
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
     }

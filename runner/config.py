@@ -72,7 +72,7 @@ class SpeculativeConfig:
     """Tokens drafted for a row at once at most, 1 to 32."""
     gate: bool = True
     """Drafts only where it is measured to be faster than plain decoding; false always drafts."""
-    ngram_min: int = 2
+    ngram_min: int = 1
     """Fewest last tokens of a row that are looked up in what came before, 1 to 16."""
     ngram_max: int = 4
     """Most of them; the longest run that came before counts."""

@@ -1,13 +1,12 @@
 """`LLM`: text in, text out; joins a model, its tokenizer and the engine."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runner.models.load import LoadedModel, load_model  # First: it loads the BLAS, then mlx.
+from runner.models.load import LoadedModel, loaded_model  # First: it loads the BLAS, then mlx.
 
 # isort: split
 from runner.batch_size import check_batch_size, settled_batch_size
@@ -16,7 +15,6 @@ from runner.engine.adapters import SwapMode
 from runner.engine.engine import Engine
 from runner.engine.invariance import check_batch_invariance
 from runner.engine.kv_options import KVOptions
-from runner.engine.speculation import MOST_DRAFTED
 from runner.errors import ParameterError, PromptError, RowError
 from runner.models.adapters import adapter_weights
 from runner.models.new_weights import exchange_weights, read_new_weights
@@ -24,7 +22,7 @@ from runner.progress import Progress
 from runner.prompt_requests import PromptLike, adapter_names, as_prompt, prompt_requests
 from runner.prompts import encode_bad_words, encode_prompt
 from runner.scores import ScoreInput, in_order_of_work, scored_texts
-from runner.speculative import SpeculativeOptions, build_speculation
+from runner.speculative import SpeculativeOptions
 from runner.texts import Texts
 from runner.types import (
     Completion,
@@ -74,9 +72,7 @@ class LLM:
         max_adapters: int = 8,
         seed: int = 0,
     ) -> None:
-        """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
-
-        `speculative` is ngram, auto or none, or a mapping with the options of `SpeculativeConfig`.
+        """Loads a model; `ModelConfig`, `EngineConfig` and `SpeculativeConfig` say what each is.
 
         Raises:
             ModelError: the model cannot be loaded, or the engine does not cover its kind.
@@ -85,15 +81,8 @@ class LLM:
         check_batch_size(max_batch_size)
         drafting = SpeculativeOptions.of(speculative)
         budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
-        if not isinstance(model, LoadedModel):
-            model = load_model(
-                str(model), revision=revision, dtype=dtype, max_model_len=max_model_len
-            )
-        if model.blas.warning is not None:
-            warnings.warn(model.blas.warning, stacklevel=2)
-        self.loaded = model
-        self.model = model.model
-        self.tokenizer = model.tokenizer
+        model = loaded_model(model, revision=revision, dtype=dtype, max_model_len=max_model_len)
+        self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
         self.seed = seed
         self._texts = Texts(model.tokenizer)
         budget = default_memory_budget() if budget is None else budget
@@ -102,6 +91,7 @@ class LLM:
             Engine,
             model.model,
             memory_budget=budget,
+            prefill_step_size=prefill_step_size,
             prefix_cache_bytes=prefix_cache_bytes,
             max_adapters=max_adapters,
             kv_options=KVOptions(
@@ -109,8 +99,7 @@ class LLM:
                 kv_group_size=kv_group_size,
                 quantized_kv_start=quantized_kv_start,
                 max_kv_size=max_kv_size,
-                # The order of the sums hangs on it.
-                num_spare=MOST_DRAFTED if batch_invariant else 0,
+                num_spare=drafting.num_spare(batch_invariant=batch_invariant),
             ),
             max_model_len=model.max_model_len,
             eos_token_ids=model.tokenizer.eos_token_ids,
@@ -118,11 +107,7 @@ class LLM:
         )
         if batch_invariant:
             check_batch_invariance(make_engine, max_batch_size=size)
-        self.engine = make_engine(
-            max_batch_size=size,
-            prefill_step_size=prefill_step_size,
-            speculation=build_speculation(drafting, model),
-        )
+        self.engine = make_engine(max_batch_size=size, speculation=drafting.built(model))
         self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
         self._num_calls = 0
         self._pending: dict[str, _Pending] = {}

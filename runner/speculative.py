@@ -30,7 +30,7 @@ class SpeculativeOptions:
     proposers: tuple[str, ...] = ()
     num_draft_tokens: int = 8
     gate: bool = True
-    ngram_min: int = 2
+    ngram_min: int = 1
     ngram_max: int = 4
     ngram_scope: Scope = "row"
     previous: str | None = None
@@ -68,6 +68,26 @@ class SpeculativeOptions:
                 among = ", ".join(self.proposers) or "nothing"
                 raise _refused(field.name, value, f"speculative.proposers has {among} to use it")
 
+    def num_spare(self, *, batch_invariant: bool) -> int:
+        """Columns for drafts behind each row's last; the order of a ring's sums hangs on them."""
+        drafted = self.num_draft_tokens if self.proposers else 0
+        return MOST_DRAFTED if batch_invariant else drafted
+
+    def built(self, target: LoadedModel) -> Speculation | None:
+        """What an engine of `target` drafts with; None where nothing is drafted.
+
+        Raises:
+            ParameterError: what an option names is not there, or does not fit the target.
+            ModelError: the draft model cannot be loaded.
+        """
+        if not self.proposers:
+            return None
+        return Speculation(
+            [_proposer(name, self, target) for name in self.proposers],
+            num_draft_tokens=self.num_draft_tokens,
+            gate=Gate(rests=not on_cpu()) if self.gate else None,
+        )
+
     @classmethod
     def of(cls, given: "str | Mapping[str, Any] | None") -> "SpeculativeOptions":
         """Those of a name (`ngram`, `auto` or `none`), or of a mapping with these fields."""
@@ -87,22 +107,6 @@ class SpeculativeOptions:
 NGRAM: dict[str, Any] = {"proposers": ("ngram",)}
 AUTO: dict[str, Any] = {"proposers": ("ngram",), "ngram_scope": "job"}
 """What the choices of the same names say."""
-
-
-def build_speculation(options: SpeculativeOptions, target: LoadedModel) -> Speculation | None:
-    """What an engine of `target` drafts with; None where nothing is drafted.
-
-    Raises:
-        ParameterError: what an option names is not there, or does not fit the target.
-        ModelError: the draft model cannot be loaded.
-    """
-    if not options.proposers:
-        return None
-    return Speculation(
-        [_proposer(name, options, target) for name in options.proposers],
-        num_draft_tokens=options.num_draft_tokens,
-        gate=Gate(rests=not on_cpu()) if options.gate else None,
-    )
 
 
 def _proposer(name: str, options: SpeculativeOptions, target: LoadedModel) -> Proposer:

@@ -97,19 +97,21 @@ def copy(tokenizer: Any) -> Workload:
 
 
 def tail(tokenizer: Any) -> Workload:
-    """24 short answers and four long ones, greedy, all of which start together."""
-    rows = list(Dataset(path=_COPY, prompt_column="text"))
-    texts = [f"{row['task']}\n\n{row['text']}" for row in rows[:4]]
+    """24 short answers, four longer ones and two that go on to their limit, greedy.
+
+    All start together. What goes on to its limit repeats itself, as small models do.
+    """
     questions = [row["question"] for row in Dataset(path=_QUESTIONS, prompt_column="question")]
-    prompts = [_asked(tokenizer, text) for text in (*texts, *questions[:24])]
-    return Workload("tail", prompts, 1, [320] * 4 + [8 + i % 16 for i in range(24)], 0.0)
+    prompts = [tokenizer.encode(f"Question: {text}\nAnswer:") for text in questions[:30]]
+    lengths = [384] * 2 + [48] * 4 + [8 + i % 16 for i in range(24)]
+    return Workload("tail", prompts, 1, lengths, 0.0)
 
 
 def previous(tokenizer: Any) -> Workload:
-    """32 completions of 64 tokens each, sampled, of which the same run before is drafted."""
+    """Two groups of four samples of 128 tokens, of which the same run before is drafted."""
     questions = [row["question"] for row in Dataset(path=_QUESTIONS, prompt_column="question")]
-    prompts = [tokenizer.encode(text) for text in questions[:8]]
-    return Workload("previous", prompts, 4, [64] * len(prompts), 1.0)
+    prompts = [tokenizer.encode(text) for text in questions[:2]]
+    return Workload("previous", prompts, 4, [128] * len(prompts), 1.0)
 
 
 def _asked(tokenizer: Any, text: str) -> list[int]:

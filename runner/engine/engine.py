@@ -13,6 +13,7 @@ from runner.engine.checks import check_at_least
 from runner.engine.flight import Flight
 from runner.engine.kv_options import KVOptions
 from runner.engine.lora import Adapter
+from runner.engine.memory import MemoryBudget
 from runner.engine.model_runner import ModelRunner, ReadyPrompt
 from runner.engine.recovery import (
     is_allocation_failure,
@@ -65,7 +66,7 @@ class Engine:
             max_adapters: those that rows of one batch use together; the others take turns.
             eos_token_ids: tokens that end every row that does not set `ignore_eos`.
             decode: token ids -> text; needed for stop strings alone.
-            speculation: drafts for this engine's rows; they change no result.
+            speculation: drafts for this engine's rows alone; `kv_options` has columns for them.
 
         Raises:
             ModelError: the model cannot be run in a padded batch, as `layer_kinds` says.
@@ -77,20 +78,18 @@ class Engine:
         check_at_least(0, prefix_cache_bytes=prefix_cache_bytes)
         self.max_batch_size, self.max_model_len = max_batch_size, max_model_len
         self.stats, self.speculation = EngineStats(), speculation
-        num_spare = speculation.num_draft_tokens if speculation is not None else 0
         self._runner = ModelRunner(
             model,
             prefill_step_size=prefill_step_size,
             prefix_cache_bytes=prefix_cache_bytes,
-            kv_options=(kv_options or KVOptions()).with_spare(num_spare),
+            kv_options=kv_options or KVOptions(),
             max_adapters=max_adapters,
         )
         self.adapters = Adapters(model)
         self._max_adapters = max_adapters
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
         eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
-        drafters = speculation.bind(self._runner, max_model_len) if speculation is not None else []
-        self.memory = self._runner.memory_budget(memory_budget, beside=drafters)
+        self.memory = self._made_memory(memory_budget)
         self.admission = Admission(
             memory=self.memory,
             vocab_size=self._runner.vocab_size,
@@ -98,9 +97,7 @@ class Engine:
             max_model_len=max_model_len,
             has_decode=decode is not None,
         )
-        self._new_sequence = SequenceFactory(
-            eos_token_ids=eos, max_model_len=max_model_len, decode=decode
-        )
+        self._new_sequence = SequenceFactory(eos, max_model_len, decode)
         self._scheduler = Scheduler(
             max_batch_size=max_batch_size,
             max_prefill_tokens=self._runner.max_prefill_tokens,
@@ -109,9 +106,17 @@ class Engine:
             max_model_len=max_model_len,
             shares_prefixes=prefix_cache_bytes > 0 and not self._runner.is_recurrent,
         )
+        self._flight = Flight(
+            Batch(vocab_size=self._runner.vocab_size, num_spare=self._runner.num_spare)
+        )
         self._started_over: dict[str, list[int]] = {}
-        self._flight = Flight(Batch(vocab_size=self._runner.vocab_size, num_spare=num_spare))
         self._aborting: set[str] = set()
+
+    def _made_memory(self, num_bytes: int | None) -> MemoryBudget:
+        drafters: list[ModelRunner] = []
+        if self.speculation is not None:
+            drafters = self.speculation.bind(self._runner, self.max_model_len)
+        return self._runner.memory_budget(num_bytes, beside=drafters)
 
     @property
     def wants_requests(self) -> bool:

@@ -170,7 +170,7 @@ class Sequence:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SequenceFactory:
     """Makes the sequences of one engine."""
 

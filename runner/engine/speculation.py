@@ -156,6 +156,7 @@ class Speculation:
         Raises:
             ParameterError: its rows cannot go back from a rejected token.
         """
+        assert runner.num_spare >= self.num_draft_tokens, "a draft has columns of its own"
         check_rewind(runner)
         self._runner, self._max_model_len = runner, max_model_len
         found = [proposer.bind(runner.vocab_size) for proposer in self.proposers]

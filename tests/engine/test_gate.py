@@ -93,17 +93,18 @@ def test_as_the_batch_drains_drafts_begin_to_pay():
 
 def test_a_row_that_missed_is_left_alone_for_a_while_and_tried_again():
     gate, chances = Gate(), Acceptance()
-    tried = []
+    tried, lost = [], 0.0
     for step in range(400):
         chances.fade()
-        if gate.width(1, [4], [chances.chance("row", "x")]) > 1:
+        width = gate.width(1, [4], [chances.chance("row", "x")])
+        extra = 0.07 * (width - 1)
+        gate.record(1, width, 0.010 * (1 + extra))
+        if width > 1:
             tried.append(step)
-            chances.record("row", "x", num_drafted=4, num_accepted=0)
-            gate.record(1, 5, 0.013)
-        else:
-            gate.record(1, 1, 0.010)
-    assert 3 <= len(tried) <= 40
-    assert tried[-1] > 200
+            chances.record("row", "x", num_drafted=width - 1, num_accepted=0)
+            lost += extra
+    assert len(tried) < 80 and tried[-1] > 200
+    assert lost < 0.02 * 400
 
 
 def test_chances_are_those_of_the_row_and_of_what_drafted():

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_laws import as_requests, sizes, workloads
 from tiny import EOS, VOCAB_SIZE, assert_same, make_engine, request, run, tiny_model
+from tiny_adapters import random_adapter
 from tiny_architectures import tiny_architecture
 
+from runner.engine.draft_model import DraftModelProposer
 from runner.engine.engine import Engine
 from runner.engine.gate import Gate
 from runner.engine.layer_kinds import layer_kinds
@@ -180,6 +182,54 @@ def test_an_aborted_row_leaves_the_others_as_they_are(when):
             token_ids = plain["aborted", completion.index].token_ids
             assert completion.token_ids == token_ids[: len(completion.token_ids)]
     assert len(done) == 5
+
+
+ADAPTERS = {"a": random_adapter(MODEL, 1)[0], "b": random_adapter(MODEL, 2, rank=2)[0]}
+
+
+def with_adapters(**options: Any) -> Engine:
+    engine = make_engine(MODEL, max_batch_size=4, **options)
+    for name, weights in ADAPTERS.items():
+        engine.load_adapter(name, weights)
+    return engine
+
+
+@pytest.mark.parametrize("drafts", ["guesses", "model"])
+def test_rows_with_adapters_in_one_batch(drafts):
+    """The model that drafts knows none of them."""
+    rows = [
+        request([5 + i, 6, 7], f"r{i}", n=1 + i % 2, max_tokens=9, adapter=[None, "a", "b"][i % 3])
+        for i in range(7)
+    ]
+    plain = run(with_adapters(), rows)
+    proposer = Guesses(plain) if drafts == "guesses" else DraftModelProposer(MODEL)
+    done = run(with_adapters(speculation=Speculation([proposer], num_draft_tokens=4)), rows)
+    for key, completion in plain.items():
+        assert_same(done[key], completion)
+        assert done[key].adapter_digest == completion.adapter_digest
+    assert sum(completion.num_accepted for completion in done.values()) > 10
+
+
+def test_a_swap_between_two_drafted_steps_is_recorded_where_it_was():
+    rows = [request([5, i], f"r{i}", max_tokens=24, ignore_eos=True, adapter="a") for i in (6, 7)]
+    plain = run(with_adapters(), rows)
+    engine = with_adapters(speculation=drafting(plain, "right", num_draft_tokens=3))
+    for each in rows:
+        engine.add(each)
+    done = [completion for _ in range(4) for completion in engine.step()]
+    num_before = [len(row.token_ids) for row in engine._flight.batch.sequences]
+    engine.load_adapter("a", ADAPTERS["b"], mode="update")
+    while engine.has_unfinished:
+        done += engine.step()
+    assert len(done) == 2 and min(num_before) > 0
+    for completion in done:
+        before, after = completion.weight_versions
+        assert (before.start, after.end) == (0, 24) and before.end == after.start
+        # A step was in flight, with up to four tokens for each row.
+        assert before.end in {count + more for count in num_before for more in (1, 2, 3, 4)}
+        old = plain[completion.request_id, 0].token_ids
+        assert completion.token_ids[: before.end] == old[: before.end]
+        assert completion.token_ids != old
 
 
 @pytest.mark.parametrize("rests", [False, True])
