@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from math import log2
+from math import log2, sqrt
 
 _STALE = 64
 """Steps after which plain decoding is timed again."""
@@ -102,16 +102,17 @@ class _Times:
         return None if time is None or step - time.step > most_age else time.seconds
 
     def between(self, other: "_Times", num_positions: int) -> float:
-        """What the nearest measured times say; beyond the largest, no more than that.
+        """What the nearest measured times say; beyond the largest, as if it grew by the root.
 
-        So a size that has not been tried looks good, and is tried.
+        So a size that has not been tried looks somewhat better than it may be, and is tried, the
+        smaller ones first.
         """
         found = {it.num_positions: it.seconds for it in other.known.values()}
         found |= {it.num_positions: it.seconds for it in self.known.values()}
         sizes = sorted(found)
         place = bisect_left(sizes, num_positions)
         if place == len(sizes):
-            return found[sizes[-1]]
+            return found[sizes[-1]] * sqrt(num_positions / sizes[-1])
         above = sizes[place]
         if place == 0 or above == num_positions:
             return found[above]
