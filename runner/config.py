@@ -88,6 +88,24 @@ class SpeculativeConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Adapters (`lora=`), as mlx-lm or PEFT write them: LoRA and DoRA. Changes results."""
+
+    path: str | None = None
+    """Directory of the adapter that all rows use; its name is the directory's."""
+    # Any: Hydra adds no key to a typed mapping.
+    adapters: Any = None
+    """Directories by name, as in {a: path, b: path}: rows of one batch use different ones."""
+    column: str | None = None
+    """Column with the name of each row's adapter; null there takes the model as it is."""
+    sweep: bool = False
+    """Runs every row with each of the adapters and with none, in one mixed batch."""
+    max_adapters: int = 8
+    """Adapters that rows of one batch use together, each with a copy in memory; more of them take
+    turns, and the one used least recently gives up its copy. Does not change what a row gets."""
+
+
+@dataclass
 class SamplingConfig:
     """How tokens are drawn (`sampling=`); see `runner.SamplingParams`."""
 
@@ -207,6 +225,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     output: Any = MISSING
     reward: Any = None
     tracker: Any = None

@@ -15,11 +15,13 @@ from runner.data import Dataset, ResultWriter, WriteBehind, read_ahead
 from runner.data.durable import replace_file, stopping
 from runner.data.merge import Merged, merge
 from runner.data.schemas import RESULT_FIELDS, passthrough_names, result_schema
+from runner.data.score_schemas import by_adapter
 from runner.data.summary import Totals
 from runner.errors import ParameterError, StoppedError
 from runner.identity import identity
 from runner.interrupt import Interrupt
 from runner.llm import LLM
+from runner.lora_options import LoraOptions
 from runner.report import print_report, summary
 from runner.result_rows import result_rows
 from runner.rows import (
@@ -69,11 +71,14 @@ class RunContext:
             given = f"speculative.proposers={list(config.speculative.proposers)}"
             raise ParameterError(f"{given} is not allowed: this job samples nothing to draft")
         self.dataset: Dataset = instantiate(config.data)
+        self.lora = LoraOptions.of(_plain(config.lora))
+        self.lora.check_columns(self.dataset.columns)
+        fields = by_adapter(fields) if self.lora.is_mixed else fields
         prompt_builder(self.dataset)  # Refuses options that no row could have a prompt with.
         corpus = {"data.content": corpus_digest(self.dataset)} if is_corpus else {}
         self.writer: ResultWriter = instantiate(config.output)(
             schema=result_schema(self.dataset.schema, fields),
-            identity=identity(_plain(config), _DECIDING_GROUPS) | corpus,
+            identity=identity(_plain(config), _DECIDING_GROUPS) | self.lora.identity() | corpus,
             retry_errors=retry_errors,
         )
         self._tracker = instantiate(config.tracker)
@@ -110,8 +115,11 @@ class RunContext:
             if self.dataset.id_column is not None and self.dataset.is_local:
                 check_ids(self.dataset)
             options = _plain(self.config.model) | _plain(self.config.engine)
+            options |= {"seed": self.config.sampling.seed, "max_adapters": self.lora.max_adapters}
             options["speculative"] = _plain(self.config.speculative)
-            self.llm = LLM(options.pop("path"), seed=self.config.sampling.seed, **options)
+            self.llm = LLM(options.pop("path"), **options)
+            for name, path in self.lora.paths.items():
+                self.llm.load_adapter(name, path)
             self.llm.check(self.params)
             self.on_loaded(self.llm)
             self._behind = WriteBehind(self.writer, committed=self._save_summary)
@@ -165,7 +173,9 @@ class RunContext:
     def write_scores(self, row: NamedRow, scores: Sequence[Mapping[str, Any]]) -> None:
         """Writes the result rows of one input row, which only has been scored."""
         shared = {self._names[name]: value for name, value in row.row.items()}
-        shared |= {"row_id": row.row_id, "model": self.llm.loaded.name}
+        shared |= {"row_id": row.row_id, "model": self.llm.loaded.name, "adapter": row.adapter}
+        if row.adapter in self.llm.adapters:
+            shared["adapter_digest"] = self.llm.adapters[row.adapter]
         self._behind.write([{**shared, **score} for score in scores])
         errors = [score["error"]["type"] for score in scores if score.get("error")]
         num_tokens = sum(score.get("num_scored") or 0 for score in scores)
@@ -185,8 +195,19 @@ class RunContext:
         }
         self._behind.write(result_rows(shared, output, scores))
 
+    @property
+    def _num_rows(self) -> int | None:
+        """Rows of the job: those of the input, each once for every adapter of a sweep."""
+        count = self.dataset.num_rows
+        return None if count is None else count * (1 + len(self.lora.adapters) * self.lora.sweep)
+
     def _rows(self) -> RowNamer:
-        return RowNamer(self.dataset, self.params, are_unique=self.dataset.is_local)
+        return RowNamer(
+            self.dataset,
+            self.params,
+            are_unique=self.dataset.is_local,
+            adapters=self.lora.of_row,
+        )
 
     def _requests(self, rows: Iterator[NamedRow]) -> Iterator[PromptRequest | RequestOutput]:
         """The rows that have no result yet; one without a usable prompt as its own output."""
@@ -197,10 +218,20 @@ class RunContext:
             self._in_flight[row_id] = named.row
             if named.prompt is None:
                 info = ErrorInfo(type(named.error).__name__, str(named.error))
-                yield RequestOutput(request_id=row_id, prompt=None, prompt_token_ids=[], error=info)
+                yield RequestOutput(
+                    request_id=row_id,
+                    prompt=None,
+                    prompt_token_ids=[],
+                    error=info,
+                    adapter=named.adapter,
+                )
             else:
                 yield PromptRequest(
-                    request_id=row_id, prompt=named.prompt, params=self.params, key=named.key
+                    request_id=row_id,
+                    prompt=named.prompt,
+                    params=self.params,
+                    key=named.key,
+                    adapter=named.adapter,
                 )
 
     def _save(self, name: str, text: str) -> None:
@@ -210,7 +241,7 @@ class RunContext:
     def _save_summary(self, state: State = "running") -> dict[str, Any]:
         """Tells of a commit, in the thread that made it."""
         seconds = time.monotonic() - self._started
-        numbers = summary(self.writer, self.llm, total=self.dataset.num_rows, seconds=seconds)
+        numbers = summary(self.writer, self.llm, total=self._num_rows, seconds=seconds)
         numbers |= {"state": state} | dict(self.summarize(self.writer.totals))
         self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
         reward = numbers["reward"]
@@ -233,7 +264,7 @@ class RunContext:
         return Watch(
             self.directory,
             public_options(_plain(self.config)),
-            total=self.dataset.num_rows,
+            total=self._num_rows,
             done=len(self.writer.done_rows),
             tracker=self._tracker,
             model={"name": loaded.name, "dtype": loaded.dtype, "blas": loaded.blas.name},

@@ -218,7 +218,7 @@ class LLM:
         by_id = {text.request_id: text for text in texts}
         names = adapter_names(adapter, len(inputs))
         requests = (
-            text.request(num_top=top_logprobs, entropy=entropy, adapter=names[text.index])
+            replace(text, adapter=names[text.index]).request(num_top=top_logprobs, entropy=entropy)
             for text in texts
         )
         return (by_id[output.request_id].score(output) for output in self.run(requests))
@@ -276,6 +276,12 @@ class LLM:
             AdapterError: it cannot be read or does not fit; what the name stood for serves on.
         """
         return self.engine.load_adapter(name, adapter_weights(path, arrays, scale), mode=mode)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters that are loaded: the digest of each one's content, by name."""
+        loaded = self.engine.adapters
+        return {name: loaded.digest(name) for name in loaded.names}
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; rows in flight end with it, and requests that wait for it fail."""
@@ -343,9 +349,13 @@ class LLM:
                 prompt=text,
                 prompt_token_ids=token_ids,
                 error=ErrorInfo(type(error).__name__, str(error)),
+                adapter=request.adapter,
             )
         output = RequestOutput(
-            request_id=request.request_id, prompt=text, prompt_token_ids=token_ids
+            request_id=request.request_id,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            adapter=request.adapter,
         )
         self._pending[request.request_id] = _Pending(request, output)
         return None

@@ -29,6 +29,8 @@ class ScoredText:
     choice: int
     token_ids: list[int]
     num_context: int
+    adapter: str | None = None
+    """The name of the adapter that it is scored with."""
 
     @property
     def request_id(self) -> str:
@@ -40,9 +42,7 @@ class ScoredText:
         """The tokens without their context."""
         return self.token_ids[self.num_context :]
 
-    def request(
-        self, *, num_top: int, entropy: bool, adapter: str | None = None
-    ) -> PromptRequest | RequestOutput:
+    def request(self, *, num_top: int, entropy: bool) -> PromptRequest | RequestOutput:
         """What an `LLM` runs to score it; the output of one that has nothing to score."""
         if not self.scored_ids:
             what = "continuation has no tokens of its own" if self.token_ids else "text is empty"
@@ -59,7 +59,7 @@ class ScoredText:
             key=self.request_id,
             logprobs_start=max(1, self.num_context),
             prompt_entropy=entropy,
-            adapter=adapter,
+            adapter=self.adapter,
         )
 
     def score(self, output: RequestOutput) -> Score:

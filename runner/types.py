@@ -284,7 +284,8 @@ class Completion:
     adapter_digest: str | None = None
     """Names the content of the adapter; where it was swapped on the way, that of the last token."""
     weight_versions: list[WeightSpan] = field(default_factory=list)
-    """Which weights gave which tokens, in order."""
+    """Which weights gave which tokens, in order. Where they were swapped before the first token,
+    the first span is empty: of the version that has read the prompt."""
 
     @property
     def cumulative_logprob(self) -> float:
@@ -308,6 +309,8 @@ class RequestOutput:
     """The same as plain lists."""
     error: ErrorInfo | None = None
     """Set where the request could not be run; `outputs` is then empty."""
+    adapter: str | None = None
+    """The name of the adapter that was asked for."""
     finished: bool = True
 
     @property

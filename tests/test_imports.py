@@ -11,8 +11,17 @@ LEVELS = [
     {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "overrides", "run_log", "trackers"},
-    {"batch_size", "identity", "openai", "prompt_requests", "status", "texts", "watch"}
-    | {"earlier_results"},
+    {
+        "batch_size",
+        "earlier_results",
+        "identity",
+        "lora_options",
+        "openai",
+        "prompt_requests",
+        "status",
+        "texts",
+        "watch",
+    },
     {"speculative"},
     {"llm"},
     {"report", "result_rows", "rows", "server", "benchmarking", "perplexity"},

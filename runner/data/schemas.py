@@ -35,6 +35,12 @@ RESULT_FIELDS: tuple[pa.Field, ...] = (
     pa.field("seed", pa.int64()),
     pa.field("model", pa.string()),
     pa.field("adapter", pa.string()),
+    pa.field("adapter_digest", pa.string()),
+    pa.field(
+        "weight_versions",
+        pa.list_(pa.struct([("version", pa.int64()), ("start", pa.int32()), ("end", pa.int32())])),
+        metadata={"spans": "tokens of the completion, and the version of the weights they are of"},
+    ),
     pa.field("reward", pa.float64()),
     pa.field("advantage", pa.float64()),
     pa.field("error", pa.struct([("type", pa.string()), ("message", pa.string())])),

@@ -1,6 +1,6 @@
 """The adapters of one engine: names, what they stand for now, and the weight version."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
@@ -24,7 +24,8 @@ def check_swap_mode(mode: str) -> None:
 class Adapters:
     """What each name stands for. A name may get another content while rows use the one before."""
 
-    model: nn.Module
+    modules: Mapping[str, nn.Module]
+    """Those of the model, by their paths."""
     weight_version: int = 0
     """Counts the changes: of an adapter, or of the model's own weights."""
     model_version: int = 0
@@ -36,8 +37,9 @@ class Adapters:
         """Of those that are loaded, in the order in which they came."""
         return list(self._by_name)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._by_name
+    def digest(self, name: str) -> str:
+        """Names the content of a loaded adapter."""
+        return self._by_name[name].digest
 
     def get(self, name: str | None) -> Adapter | None:
         """What a name stands for now; None for None.
@@ -68,7 +70,7 @@ class Adapters:
         before = self._by_name.get(name)
         if before is not None and before.digest == weights.digest:
             return False
-        targets = fitted(self.model, weights)
+        targets = fitted(self.modules, weights)
         self.weight_version += 1
         self._by_name[name] = Adapter(name, self.weight_version, weights, targets)
         return True
@@ -93,5 +95,5 @@ class Adapters:
             if any(low.magnitude is not None for low in adapter.weights.targets.values())
         ]
         for adapter in changed:
-            adapter.targets = fitted(self.model, adapter.weights)
+            adapter.targets = fitted(self.modules, adapter.weights)
         return changed

@@ -12,7 +12,7 @@ from runner.errors import ParameterError, PromptError
 from runner.types import Request, SamplingParams
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Admission:
     """The limits of one engine."""
 

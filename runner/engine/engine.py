@@ -8,7 +8,7 @@ import mlx.nn as nn
 from runner.adapter_weights import AdapterWeights
 from runner.engine.adapters import Adapters, SwapMode, check_swap_mode
 from runner.engine.admission import Admission
-from runner.engine.batch import Batch, InFlight
+from runner.engine.batch import InFlight
 from runner.engine.checks import check_at_least
 from runner.engine.flight import Flight
 from runner.engine.kv_options import KVOptions
@@ -74,7 +74,6 @@ class Engine:
         """
         check_at_least(1, max_batch_size=max_batch_size, prefill_step_size=prefill_step_size)
         check_at_least(1, max_model_len=max_model_len, memory_budget=memory_budget)
-        check_at_least(1, max_adapters=max_adapters)
         check_at_least(0, prefix_cache_bytes=prefix_cache_bytes)
         self.max_batch_size, self.max_model_len = max_batch_size, max_model_len
         self.stats, self.speculation = EngineStats(), speculation
@@ -85,30 +84,16 @@ class Engine:
             kv_options=kv_options or KVOptions(),
             max_adapters=max_adapters,
         )
-        self.adapters = Adapters(model)
-        self._max_adapters = max_adapters
+        self.adapters = Adapters(self._runner.adapters.modules)
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
         eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
         self.memory = self._made_memory(memory_budget)
         self.admission = Admission(
-            memory=self.memory,
-            vocab_size=self._runner.vocab_size,
-            eos_token_ids=eos,
-            max_model_len=max_model_len,
-            has_decode=decode is not None,
+            self.memory, self._runner.vocab_size, eos, max_model_len, has_decode=decode is not None
         )
         self._new_sequence = SequenceFactory(eos, max_model_len, decode)
-        self._scheduler = Scheduler(
-            max_batch_size=max_batch_size,
-            max_prefill_tokens=self._runner.max_prefill_tokens,
-            max_scored_positions=self._runner.max_scored_positions,
-            order=order,
-            max_model_len=max_model_len,
-            shares_prefixes=prefix_cache_bytes > 0 and not self._runner.is_recurrent,
-        )
-        self._flight = Flight(
-            Batch(vocab_size=self._runner.vocab_size, num_spare=self._runner.num_spare)
-        )
+        self._scheduler = self._made_scheduler(order, prefix_cache_bytes > 0)
+        self._flight = Flight.of(self._runner)
         self._started_over: dict[str, list[int]] = {}
         self._aborting: set[str] = set()
 
@@ -117,6 +102,16 @@ class Engine:
         if self.speculation is not None:
             drafters = self.speculation.bind(self._runner, self.max_model_len)
         return self._runner.memory_budget(num_bytes, beside=drafters)
+
+    def _made_scheduler(self, order: Order, shares_prefixes: bool) -> Scheduler:
+        return Scheduler(
+            max_batch_size=self.max_batch_size,
+            max_prefill_tokens=self._runner.max_prefill_tokens,
+            max_scored_positions=self._runner.max_scored_positions,
+            order=order,
+            max_model_len=self.max_model_len,
+            shares_prefixes=shares_prefixes and not self._runner.is_recurrent,
+        )
 
     @property
     def wants_requests(self) -> bool:
@@ -256,7 +251,7 @@ class Engine:
             self.stats.count_prompts([prompt.request for prompt in prompts])
             for prompt in prompts:
                 prompt.indices = self._indices(prompt.request)
-                prompt.version = self.adapters.version_of(prompt.adapter)
+                prompt.versions = [self.adapters.version_of(prompt.adapter)]
             self._flight.ready += [p for p in prompts if p.request.needs_row]
             self._flight.scored += [p for p in prompts if not p.request.needs_row]
             self._flight.prefill = None
@@ -277,7 +272,9 @@ class Engine:
     def _is_admitted(self, adapter: str | None) -> bool:
         """Whether rows with an adapter may join those in flight."""
         names = {it.name for it in self._flight.adapters}
-        return adapter is None or adapter in names or len(names) < self._max_adapters
+        return (
+            adapter is None or adapter in names or len(names) < self._runner.adapters.max_adapters
+        )
 
     def _free_rows(self, placed: Iterable[Sequence] = ()) -> FreeRows:
         """How many rows could start now, by the columns that the longest of them comes to."""

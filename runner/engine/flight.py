@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from runner.engine.batch import Batch, InFlight
 from runner.engine.lora import Adapter
-from runner.engine.model_runner import Prefill, ReadyPrompt
+from runner.engine.model_runner import ModelRunner, Prefill, ReadyPrompt
 from runner.engine.recovery import Unfinished
 from runner.engine.sequence import Sequence
 from runner.engine.speculation import Launched
@@ -26,6 +26,11 @@ class Flight:
     """The step that is not read yet."""
     ended: list[Completion] = field(default_factory=list)
     """What never started, to be handed out with the next step."""
+
+    @classmethod
+    def of(cls, runner: ModelRunner) -> "Flight":
+        """Nothing under way yet, with a batch for what `runner` forwards."""
+        return cls(Batch(vocab_size=runner.vocab_size, num_spare=runner.num_spare))
 
     def emptied(self) -> "Flight":
         """The same with nothing under way; what has ended is still to be handed out."""

@@ -3,6 +3,7 @@
 LoRA: Hu et al. 2021; DoRA: Liu et al. 2024. The model's own weights are never changed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,13 +58,12 @@ class Adapter:
         return self.weights.digest
 
 
-def fitted(model: nn.Module, weights: AdapterWeights) -> dict[str, LowRank]:
-    """The targets of an adapter on `model`, evaluated.
+def fitted(modules: Mapping[str, Any], weights: AdapterWeights) -> dict[str, LowRank]:
+    """The targets of an adapter on a model, its modules by their paths; evaluated.
 
     Raises:
         AdapterError: a module is not there or takes no adapter, or a tensor does not fit it.
     """
-    modules = dict(model.named_modules())
     targets: dict[str, LowRank] = {}
     for path, low in weights.targets.items():
         found = _found(modules, path, low, weights.source)
@@ -75,7 +75,7 @@ def fitted(model: nn.Module, weights: AdapterWeights) -> dict[str, LowRank]:
     return targets
 
 
-def _found(modules: dict[str, Any], path: str, low: LowRankWeights, source: str) -> str:
+def _found(modules: Mapping[str, Any], path: str, low: LowRankWeights, source: str) -> str:
     """The module's path in this model, which may hold what the adapter's model is a part of."""
     if path in modules:
         return path
@@ -90,7 +90,7 @@ def _found(modules: dict[str, Any], path: str, low: LowRankWeights, source: str)
 
 
 def _targets(
-    modules: dict[str, Any], path: str, low: LowRankWeights, source: str
+    modules: Mapping[str, Any], path: str, low: LowRankWeights, source: str
 ) -> dict[str, LowRank]:
     """What the tensors of one module come to; an embedding may have its tied projection too."""
     module = modules[path.removesuffix(HEAD)]

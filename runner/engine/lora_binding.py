@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import switch_layers
 
+from runner.engine.checks import check_at_least
 from runner.engine.lora import EMBEDDING, EXPERTS, HEAD, LINEAR, Adapter
 from runner.engine.lora_products import ManyAdapters, OneAdapter, Products, RowSlots
 from runner.engine.lora_slots import AdapterSlots
@@ -61,8 +62,10 @@ class AdapterBinding:
     """A model's modules, and the adapters of the rows that it forwards."""
 
     def __init__(self, model: nn.Module, *, max_adapters: int) -> None:
-        self._model = model
-        self._modules: dict[str, Any] = {}
+        self.modules: dict[str, Any] = dict(model.named_modules())
+        """By their paths."""
+        check_at_least(1, max_adapters=max_adapters)
+        self.max_adapters = max_adapters
         self._slots = AdapterSlots(max_adapters=max_adapters)
         self._rows: tuple[list[int], RowSlots] | None = None
 
@@ -111,7 +114,7 @@ class AdapterBinding:
         bound: list[tuple[Any, type[nn.Module]]] = []
         try:
             for path, product in products.items():
-                module = self._module(path)
+                module = self.modules[path.removesuffix(HEAD)]
                 place = _TIED if path.endswith(HEAD) else _OWN
                 if not vars(module).keys() & {_OWN, _TIED}:
                     bound.append((module, type(module)))
@@ -124,8 +127,3 @@ class AdapterBinding:
                 module.__class__ = kind
                 for place in (_OWN, _TIED):
                     vars(module).pop(place, None)
-
-    def _module(self, path: str) -> Any:
-        if not self._modules:
-            self._modules = dict(self._model.named_modules())
-        return self._modules[path.removesuffix(HEAD)]

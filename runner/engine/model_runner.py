@@ -97,8 +97,9 @@ class ReadyPrompt:
     """Where the prompt stands in its prefill."""
     scores: PromptScores | None = None
     adapter: Adapter | None = None
-    version: int = 0
-    """The weight version of those samples that start next."""
+    versions: list[int] = field(default_factory=list)
+    """The weight version that has read the prompt; and that of samples that start now, if it is
+    another."""
     indices: list[int] = field(default_factory=list)
     """The samples that have not started."""
 
@@ -109,7 +110,8 @@ class ReadyPrompt:
 
     def go_on_under(self, adapter: Adapter | None, version: int) -> None:
         """Lets other weights give the samples that have not started; what is prefilled stays."""
-        self.adapter, self.version = adapter, version
+        self.adapter = adapter
+        self.versions[1:] = [version]
 
     def sequence(self, factory: SequenceFactory, index: int) -> Row:
         """A sample of it, with nothing sampled yet."""
@@ -118,7 +120,7 @@ class ReadyPrompt:
             index,
             prompt_logprobs=self.reader,
             adapter=self.adapter,
-            version=self.version,
+            versions=self.versions or [0],
         )
 
     @property

@@ -130,12 +130,13 @@ class Sequence:
     def go_on_under(self, adapter: Adapter | None, version: int) -> None:
         """Lets other weights give the tokens that are not launched yet."""
         self.adapter = adapter
-        if self.versions[-1][1] == self.num_launched:
+        # The first one stays: it has read the prompt.
+        if len(self.versions) > 1 and self.versions[-1][1] == self.num_launched:
             self.versions.pop()
         self.versions.append((version, self.num_launched))
 
     def _weight_versions(self) -> list[WeightSpan]:
-        """The versions of the tokens that there are; a row without any has that which it had."""
+        """The versions of the tokens that there are, after that which read the prompt."""
         length = len(self.token_ids)
         spans = [it for place, it in enumerate(self.versions) if place == 0 or it[1] < length]
         ends = [*(start for _, start in spans[1:]), length]
@@ -185,7 +186,7 @@ class SequenceFactory:
         *,
         prompt_logprobs: Callable[[], TokenLogprobs] | None = None,
         adapter: Adapter | None = None,
-        version: int = 0,
+        versions: Iterable[int] = (0,),
     ) -> Sequence:
         """A sample of `request`, with nothing sampled yet."""
         params = request.params
@@ -200,7 +201,7 @@ class SequenceFactory:
             stop_matcher=self._matcher(params),
             prompt_logprobs=prompt_logprobs,
             adapter=adapter,
-            versions=[(version, 0)],
+            versions=[(version, 0) for version in versions],
         )
 
     def failed(

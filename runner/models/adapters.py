@@ -193,8 +193,7 @@ def _weights(tensors: Mapping[str, Any], config: _Config, *, source: str) -> Ada
     if not parts:
         raise AdapterError(f"{source}: the adapter has no tensors")
     targets = {path: _target(path, it, names[path], config, source) for path, it in parts.items()}
-    _check_finite(tensors, source)
-    return AdapterWeights(targets=targets, digest=_digest(tensors, targets), source=source)
+    return AdapterWeights(targets=targets, digest=_digest(tensors, targets, source), source=source)
 
 
 def _place(name: str, source: str) -> tuple[str, str]:
@@ -237,21 +236,19 @@ def _target(
     )
 
 
-def _check_finite(tensors: Mapping[str, Any], source: str) -> None:
-    """Refuses what is no number; a sum of squares is none where an entry is none."""
-    for name, tensor in tensors.items():
-        flat = np.array(tensor.astype(mx.float32), copy=False).reshape(-1)
-        if not np.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():
-            raise AdapterError(f"{source}: {name} holds values that are not numbers")
-
-
-def _digest(tensors: Mapping[str, Any], targets: Mapping[str, LowRankWeights]) -> str:
+def _digest(tensors: Mapping[str, Any], targets: Mapping[str, LowRankWeights], source: str) -> str:
+    """Names the content; raises AdapterError where a tensor holds what is no number."""
     content = xxhash.xxh3_128()
     for path, low in sorted(targets.items()):
         content.update(f"{path}\0{low.scale!r}\0{low.ties_head}\0".encode())
     for name in sorted(tensors):
         tensor = tensors[name]
+        wide = tensor if tensor.dtype == mx.float32 else tensor.astype(mx.float32)
+        flat = np.ascontiguousarray(np.array(wide, copy=False)).reshape(-1)
+        # A sum of squares is no number where an entry is none; it overflows on nonsense alone.
+        if not np.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():
+            raise AdapterError(f"{source}: {name} holds values that are not numbers")
         content.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        memory: Any = mx.contiguous(tensor)
-        content.update(memoryview(memory).cast("B"))
+        memory: Any = flat
+        content.update(memory)
     return content.hexdigest()

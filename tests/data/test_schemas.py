@@ -41,6 +41,8 @@ def test_the_result_columns_and_their_types() -> None:
         "seed": "int64",
         "model": "string",
         "adapter": "string",
+        "adapter_digest": "string",
+        "weight_versions": "list<item: struct<version: int64, start: int32, end: int32>>",
         "reward": "double",
         "advantage": "double",
         "error": "struct<type: string, message: string>",

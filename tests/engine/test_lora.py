@@ -154,7 +154,7 @@ def test_experts_that_sort_their_entries_know_the_rows(num_tokens):
     keys = [name for name, _ in model.named_modules() if "switch_mlp" in name and "proj" in name]
     made = [random_adapter(model, seed, rank=3 + seed, keys=keys) for seed in range(2)]
     slots = AdapterBinding(model, max_adapters=2)
-    used = [Adapter(str(i), i, it, fitted(model, it)) for i, (it, _) in enumerate(made)]
+    used = [Adapter(str(i), i, it, fitted(slots.modules, it)) for i, (it, _) in enumerate(made)]
     rows = [used[0], None, used[1], used[0]]
     ids = mx.array(np.random.default_rng(0).integers(0, 97, (4, num_tokens)))
     with slots.bound(rows):
