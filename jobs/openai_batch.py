@@ -66,6 +66,7 @@ def openai_batch(
         return
     options = plain["model"] | plain["engine"]
     options |= {"seed": defaults.seed or 0, "max_adapters": lora.max_adapters}
+    options["speculative"] = plain["speculative"]
     llm = LLM(options.pop("path"), **options)
     llm.check(defaults)
     for name, path in lora.paths.items():

@@ -11,6 +11,10 @@ _FORGOTTEN = 512
 """Steps after which a time that looked bad is not believed any more."""
 _MARGIN = 1.02
 """How much faster drafts have to look: times are never exact."""
+_MOST_LOSS = 0.01
+"""Share of the time that trials may cost altogether, beside what one plain step takes."""
+_KEPT_GAIN = 0.02
+"""Share of the time up to which gains make up for later losses."""
 _NUM_LOOKS = 4
 """Steps without use after which the gate rests, where looking costs something."""
 _MOST_REST = 128
@@ -138,7 +142,8 @@ class Gate:
         """
         self._rests = rests
         self._plain, self._verify = _Times(), _Times()
-        self._step = 0
+        self._step = self._num_live = 0
+        self._spent = self._gained = 0.0
         self._num_idle = 0
         self._resting = 4 if rests else 0  # Plain steps to compare with.
         self._next_rest = _NUM_LOOKS
@@ -161,7 +166,7 @@ class Gate:
             lengths: tokens drafted for each live row.
             chances: of each row's drafted tokens to be accepted, one after another.
         """
-        self._step += 1
+        self._step, self._num_live = self._step + 1, len(lengths)
         chosen = self._best(num_rows, lengths, chances) if any(lengths) else 1
         self._num_idle = 0 if chosen > 1 else self._num_idle + 1
         if chosen > 1:
@@ -175,7 +180,7 @@ class Gate:
         # Where steps overlap, a plain one is timed while the gate rests.
         most_age = _FORGOTTEN if self._rests else _STALE
         plain = self._plain.exact(num_rows, self._step, most_age=most_age)
-        if plain is None:
+        if plain is None or self._gained < -_MOST_LOSS * self._spent - plain:
             return 1
         most = max(lengths) + 1
         widths = sorted({min(most, 1 + 2**i) for i in range(6)} | {most})
@@ -191,8 +196,18 @@ class Gate:
         found = self._verify.exact(num_positions, self._step, most_age=_FORGOTTEN)
         return self._verify.between(self._plain, num_positions) if found is None else found
 
-    def record(self, num_rows: int, width: int, seconds: float, *, looked: bool = True) -> None:
-        """Takes the time of a step of `num_rows` slots and `width` positions each."""
+    def record(
+        self, num_rows: int, width: int, seconds: float, *, num_tokens: int, looked: bool = True
+    ) -> None:
+        """Takes the time of a step of `num_rows` slots and `width` positions each, and its tokens.
+
+        What drafts gained over plain steps, or lost, decides whether more may be tried.
+        """
+        self._spent += seconds
+        plain = self._plain.exact(num_rows, self._step, most_age=_FORGOTTEN)
+        if width > 1 and plain is not None:
+            gain = num_tokens / self._num_live * plain - seconds
+            self._gained = min(self._gained + gain, _KEPT_GAIN * self._spent)
         if width > 1:
             self._verify.record(num_rows * width, seconds, self._step)
         elif looked != self._rests:

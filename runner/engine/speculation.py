@@ -252,7 +252,8 @@ class Speculation:
             step.num_rows, drafted=is_drafted, tokens=num_tokens, seconds=step.seconds
         )
         if self._gate is not None:
-            self._gate.record(step.num_rows, step.width, step.seconds, looked=step.looked)
+            counts = {"num_tokens": num_tokens, "looked": step.looked}
+            self._gate.record(step.num_rows, step.width, step.seconds, **counts)
         if isinstance(step.inner, Verified):
             self._read_drafts(step.inner)
 

@@ -40,8 +40,7 @@ def simulated(
         time = seconds(rows * width) * dice.uniform(0.95, 1.05)
         # Where steps overlap, one that waits for the draws before it takes longer.
         time *= 1.2 if rests and looked else 1.0
-        gate.record(rows, width, time, looked=looked)
-        spent += time
+        spent, before = spent + time, tokens
         for row in range(rows):
             accepted = 0
             while accepted < width - 1 and dice.random() < chance:
@@ -49,6 +48,7 @@ def simulated(
             tokens += 1 + accepted
             if width > 1:
                 chances.record(row, "x", num_drafted=width - 1, num_accepted=accepted)
+        gate.record(rows, width, time, num_tokens=int(tokens - before), looked=looked)
     return tokens / spent / (rows / seconds(rows)), gate
 
 
@@ -80,11 +80,14 @@ def test_as_the_batch_drains_drafts_begin_to_pay():
             chances.fade()
             known = [chances.chance(row, "x") for row in range(rows)]
             found.append(gate.width(rows, [8] * rows, known))
-            gate.record(rows, found[-1], 0.01 + 0.002 * rows * found[-1])
+            num_tokens = rows
             for row in range(rows if found[-1] > 1 else 0):
                 drafted = found[-1] - 1
                 accepted = next((i for i in range(drafted) if dice.random() > 0.6), drafted)
                 chances.record(row, "x", num_drafted=drafted, num_accepted=accepted)
+                num_tokens += accepted
+            time = 0.01 + 0.002 * rows * found[-1]
+            gate.record(rows, found[-1], time, num_tokens=num_tokens)
         return found
 
     assert sum(width > 1 for width in widths(32, 200)) < 30
@@ -98,7 +101,7 @@ def test_a_row_that_missed_is_left_alone_for_a_while_and_tried_again():
         chances.fade()
         width = gate.width(1, [4], [chances.chance("row", "x")])
         extra = 0.07 * (width - 1)
-        gate.record(1, width, 0.010 * (1 + extra))
+        gate.record(1, width, 0.010 * (1 + extra), num_tokens=1)
         if width > 1:
             tried.append(step)
             chances.record("row", "x", num_drafted=width - 1, num_accepted=0)
