@@ -53,9 +53,9 @@ def openai_batch(
     plain = _plain(config)
     defaults = _defaults(plain)
     lora = LoraOptions.of(plain["lora"])
-    if lora.is_mixed:
-        what = "body.model names the adapter of a line"
-        raise ParameterError(f"lora.column and lora.sweep mean nothing to openai_batch: {what}")
+    if lora.is_mixed or lora.watch is not None:
+        what = "body.model names the adapter of a line, or lora.path that of all"
+        raise ParameterError(f"lora.column, sweep and watch mean nothing to openai_batch: {what}")
     error_rate = ErrorRate(plain["output"]["max_error_rate"])
     batch = BatchFile(plain["data"]["path"], urls=KNOWN_URLS)
     identified = identity(plain, _DECIDING_GROUPS) | lora.identity()
@@ -306,7 +306,8 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _defaults(plain: Mapping[str, Any]) -> SamplingParams:
-    if plain["sampling"]["prompt_logprobs"] is not None:
-        what = "a line asks for those of its prompt with echo and logprobs"
-        raise ParameterError(f"sampling.prompt_logprobs means nothing to openai_batch: {what}")
+    for name, nothing in (("prompt_logprobs", None), ("echo", False)):
+        if plain["sampling"][name] is not nothing:
+            what = "a line asks for its prompt with echo, and for logprobs of it with logprobs too"
+            raise ParameterError(f"sampling.{name} means nothing to openai_batch: {what}")
     return SamplingParams(**plain["sampling"])

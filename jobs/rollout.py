@@ -9,6 +9,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from runner.certificate import Certificate
 from runner.errors import ParameterError, RewardError
 from runner.job import RunContext
 from runner.rewards import RewardRunner, group_advantages
@@ -19,14 +20,23 @@ Rewards = list[float | RewardError]
 
 
 def rollout(
-    config: DictConfig, *, normalize_advantage: bool = True, retry_errors: bool = False
+    config: DictConfig,
+    *,
+    normalize_advantage: bool = True,
+    retry_errors: bool = False,
+    certify: int = 64,
 ) -> None:
     """Runs the job that `config` (a composed `runner.config.Config`) describes.
 
     `normalize_advantage` divides a group's advantages by the standard deviation of its rewards,
-    `retry_errors` does the rows with an error again.
+    `retry_errors` does the rows with an error again, and `certify` result rows are scored again at
+    the end.
     """
+    certificate = Certificate(certify)
     context = RunContext(config, retry_errors=retry_errors)
+    if context.params.echo:
+        what = "rewards read the completion by itself; leave it out, or use generate"
+        raise ParameterError(f"sampling.echo=True is not allowed: {what}")
     _check_reward(config, context)
     reward = instantiate(config.reward)
     if context.complete:
@@ -41,6 +51,7 @@ def rollout(
             groups.add(row, output, rewards.submit(texts, row))
             groups.write_finished()
         groups.write_rest()
+        context.certify(certificate)
 
 
 def _check_reward(config: DictConfig, context: RunContext) -> None:

@@ -100,6 +100,12 @@ class LoraConfig:
     """Column with the name of each row's adapter; null there takes the model as it is."""
     sweep: bool = False
     """Runs every row with each of the adapters and with none, in one mixed batch."""
+    watch: str | None = None
+    """Directory that is an adapter or gets adapters, of which all rows use the newest: each new one
+    is taken in while the job runs. Rows record what they used; generate and rollout only."""
+    swap: str = "keep"
+    """With watch: keep lets rows in flight end with the adapter they began with; update lets them
+    go on under the new one."""
     max_adapters: int = 8
     """Adapters that rows of one batch use together, each with a copy in memory; more of them take
     turns, and the one used least recently gives up its copy. Does not change what a row gets."""
@@ -150,6 +156,9 @@ class SamplingConfig:
     """The only token ids that a completion may hold; null allows all."""
     prompt_logprobs: int | None = None
     """0 writes the model's own logprob of every prompt token; null writes none."""
+    echo: bool = False
+    """Puts the prompt before the completion in `text`, writes the prompt's logprobs, and in the
+    column `text_offsets` where in the text each token begins."""
 
 
 @dataclass

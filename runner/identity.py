@@ -12,9 +12,9 @@ _ENGINE_OPTIONS = (
 """What of `engine` decides results, the last one their last bits; of `output` and `tracker`,
 nothing does."""
 
-_NOT_DECIDING = ("model.path", "model.revision", "job.retry_errors")
+_NOT_DECIDING = ("model.path", "model.revision", "job.retry_errors", "job.certify")
 """Where the weights lie decides nothing: `model.weights`, their digest, stands for them. Nor does
-which rows are done again."""
+which rows are done again, or scored again when all are done."""
 
 
 def identity(config: Mapping[str, Any], groups: Collection[str]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pyarrow as pa
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from runner.adapter_watch import AdapterWatch
+from runner.certificate import Certificate
 from runner.data import Dataset, ResultWriter, WriteBehind, read_ahead
 from runner.data.durable import replace_file, stopping
 from runner.data.merge import Merged, merge
-from runner.data.schemas import RESULT_FIELDS, passthrough_names, result_schema
+from runner.data.schemas import ECHO_FIELDS, RESULT_FIELDS, passthrough_names, result_schema
 from runner.data.score_schemas import by_adapter
 from runner.data.summary import Totals
+from runner.engine.stats import EngineStats
 from runner.errors import ParameterError, StoppedError
 from runner.identity import identity
 from runner.interrupt import Interrupt
@@ -49,7 +53,8 @@ class RunContext:
     Opening checks everything that can be checked before the model is loaded. Used as a context:
     leaving it commits what was written, whatever happened.
 
-    `fields` are the columns of its results before those of the input. With `is_corpus` the numbers
+    `fields` are the columns of its results before those of the input; without them it completes
+    prompts. With `is_corpus` the numbers
     are about all rows together, so that a run goes on with the same rows only. `retry_errors`
     does the rows with an error again; each stays until its replacement is committed.
     """
@@ -58,7 +63,7 @@ class RunContext:
         self,
         config: DictConfig,
         *,
-        fields: Sequence[pa.Field] = RESULT_FIELDS,
+        fields: Sequence[pa.Field] | None = None,
         is_corpus: bool = False,
         retry_errors: bool = False,
     ) -> None:
@@ -70,6 +75,7 @@ class RunContext:
         if self.params.max_tokens == 0 and config.speculative.proposers:
             given = f"speculative.proposers={list(config.speculative.proposers)}"
             raise ParameterError(f"{given} is not allowed: this job samples nothing to draft")
+        fields = fields or (ECHO_FIELDS if self.params.echo else RESULT_FIELDS)
         self.dataset: Dataset = instantiate(config.data)
         self.lora = LoraOptions.of(_plain(config.lora))
         self.lora.check_columns(self.dataset.columns)
@@ -86,6 +92,7 @@ class RunContext:
         """Called once the model is there, before anything is written."""
         self.summarize: Callable[[Totals], Mapping[str, Any]] = lambda totals: {}
         """What `summary.json` holds besides what every job's does."""
+        self._certified: dict[str, Any] = {}
         self._names = passthrough_names(self.dataset.columns, fields)
         self._in_flight: dict[str, Row] = {}
         self._interrupt = Interrupt()
@@ -120,6 +127,7 @@ class RunContext:
             self.llm = LLM(options.pop("path"), **options)
             for name, path in self.lora.paths.items():
                 self.llm.load_adapter(name, path)
+            self._adapter_watch = self._started_watch()
             self.llm.check(self.params)
             self.on_loaded(self.llm)
             self._behind = WriteBehind(self.writer, committed=self._save_summary)
@@ -158,8 +166,48 @@ class RunContext:
 
     def run(self, requests: Iterable[PromptRequest | RequestOutput]) -> Iterator[RequestOutput]:
         """Runs requests of a job's own making, however many make a row."""
-        yield from self.llm.run(requests, interrupted=self._interrupt.is_requested)
+        yield from self.llm.run(requests, interrupted=self._after_step)
         self._finished = not self._interrupt.is_requested()
+
+    def _started_watch(self) -> AdapterWatch | None:
+        if self.lora.watch is None or self.lora.default is None:
+            return None
+        watch = AdapterWatch(self.lora.watch, self.lora.default)
+        watch.start(self.llm)
+        return watch
+
+    def _after_step(self) -> bool:
+        """Whether the run is to end now; takes in a new adapter where one is watched for."""
+        if self._adapter_watch is not None:
+            self._adapter_watch.look(self.llm, self.lora.swap)
+        return self._interrupt.is_requested()
+
+    def certify(self, certificate: Certificate) -> None:
+        """Scores a sample of the results again, for `summary.json`, once every row is committed.
+
+        Does nothing in a run that was interrupted; interrupted here, the run is not complete, and
+        the next one does it.
+        """
+        if not self._finished:
+            return
+        self._behind.finish()
+        with self._aside():
+            found = certificate.numbers(
+                self.writer.part_paths, self.llm, interrupted=self._interrupt.is_requested
+            )
+        self._finished = not self._interrupt.is_requested()
+        self._certified["certificate"] = found if self._finished else None
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What happens inside counts neither in the run's time nor in its tokens."""
+        stats, started = self.llm.engine.stats, time.monotonic()
+        self.llm.engine.stats = EngineStats()
+        try:
+            yield
+        finally:
+            self.llm.engine.stats = stats
+            self._started += time.monotonic() - started
 
     def rows(self) -> Generator[NamedRow]:
         """Every row of the input, read ahead; some may have results already."""
@@ -242,7 +290,7 @@ class RunContext:
         """Tells of a commit, in the thread that made it."""
         seconds = time.monotonic() - self._started
         numbers = summary(self.writer, self.llm, total=self._num_rows, seconds=seconds)
-        numbers |= {"state": state} | dict(self.summarize(self.writer.totals))
+        numbers |= {"state": state} | dict(self.summarize(self.writer.totals)) | self._certified
         self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
         reward = numbers["reward"]
         self._watch.committed(numbers["rows"], {"reward": reward["mean"]} if reward else None)
@@ -308,4 +356,5 @@ def _sampling_params(config: DictConfig) -> SamplingParams:
     if params.prompt_logprobs:
         what = "a job writes no alternatives: 0 for the prompt's own tokens, or null"
         raise ParameterError(f"prompt_logprobs={params.prompt_logprobs} is not allowed: {what}")
-    return params
+    # Results always hold the logprobs of what their text holds.
+    return replace(params, prompt_logprobs=0) if params.echo else params

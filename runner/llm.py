@@ -327,8 +327,10 @@ class LLM:
             raise ValueError(f"request id {request.request_id!r} is in flight already")
         text, token_ids = request.prompt.text, list(request.prompt.token_ids or ())
         params = request.params
-        if params.seed is None:
-            params = replace(params, seed=self.seed)
+        if params.seed is None or params.echo:
+            seed = self.seed if params.seed is None else params.seed
+            asked = params.num_prompt_logprobs
+            params = replace(params, seed=seed, prompt_logprobs=asked, echo=False)
         try:
             text, token_ids = encode_prompt(request.prompt, self.tokenizer)
             self.engine.add(
@@ -382,6 +384,8 @@ class LLM:
             output.prompt_token_logprobs = scored
             prompt_token_ids = output.prompt_token_ids
             output.prompt_logprobs = self._texts.prompt_logprobs(scored, prompt_token_ids)
+        if params.echo:
+            self._texts.echo(output)
         return self._pending.pop(completion.request_id).output
 
     def _abort_pending(self) -> None:

@@ -23,6 +23,8 @@ class LoraOptions:
     adapters: Mapping[str, str] = field(default_factory=dict)
     column: str | None = None
     sweep: bool = False
+    watch: str | None = None
+    swap: str = "keep"
     max_adapters: int = 8
 
     @classmethod
@@ -43,9 +45,18 @@ class LoraOptions:
         for option, given in (("column", self.column), ("sweep", self.sweep)):
             if given and not self.adapters:
                 raise ParameterError(f"lora.{option}={given} is not allowed without lora.adapters")
+        self._check_watch()
         for path in self.paths.values():
             if not (Path(path).expanduser() / _CONFIG_FILE).is_file():
                 raise AdapterError(f"{path!r} is not an adapter: it has no {_CONFIG_FILE}")
+
+    def _check_watch(self) -> None:
+        if self.swap not in ("keep", "update"):
+            raise ParameterError(f"lora.swap={self.swap!r} is not allowed: keep or update")
+        if self.swap != "keep" and self.watch is None:
+            raise ParameterError(f"lora.swap={self.swap} is not allowed without lora.watch")
+        if self.watch is not None and (self.path is not None or self.adapters):
+            raise ParameterError("lora.watch is not allowed beside lora.path and lora.adapters")
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Raises ParameterError where rows have no way to choose among the adapters."""
@@ -66,6 +77,8 @@ class LoraOptions:
     @property
     def default(self) -> str | None:
         """The adapter of rows that do not choose."""
+        if self.watch is not None:
+            return Path(self.watch).expanduser().resolve().name
         return next(iter(self.paths)) if self.path is not None else None
 
     @property
@@ -88,6 +101,8 @@ class LoraOptions:
             f"lora.adapters.{name}": model_digest(Path(path).expanduser())
             for name, path in self.paths.items()
         }
+        if self.watch is not None:
+            options["lora.watch"] = self.default
         if self.column is not None:
             options["lora.column"] = self.column
         if self.sweep:

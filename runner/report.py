@@ -97,6 +97,19 @@ def _score_lines(numbers: dict[str, Any]) -> dict[str, str]:
     return lines
 
 
+def _certified(found: dict[str, Any]) -> str:
+    """What a certificate says: how far sampled logprobs are from scored ones."""
+    rows = f"{found['rows']} rows" + (f" ({found['errors']} failed)" if found["errors"] else "")
+    if not found["tokens"]:
+        return rows
+    most, divergence = (
+        "not finite" if found[name] is None else f"{found[name]:.1e}"
+        for name in ("max_difference", "mismatch_kl")
+    )
+    same = f"{100 * found['share_bit_equal']:.0f} % the same bits"
+    return f"{rows}: differ by {most} at most, KL {divergence}, {same}"
+
+
 def _shown(number: float | None) -> str:
     return "not finite" if number is None else f"{number:.4f}"
 
@@ -134,6 +147,8 @@ def print_report(numbers: dict[str, Any], directory: Path) -> None:
         lines["drafts"] = _drafts_line(drafts)
     if run["batch_halvings"]:
         lines["batch"] = f"{run['max_batch_size']} rows in the end: memory ran out before"
+    if found := numbers.get("certificate"):
+        lines["certified"] = _certified(found)
     if reward is not None:
         lines["reward"] = f"{reward['mean']:.3f} ± {reward['std']:.3f}"
     print()

@@ -48,6 +48,8 @@ def _sample_columns(sample: Completion) -> dict[str, Any]:
         "weight_versions": [asdict(span) for span in sample.weight_versions],
         "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),
     }
+    if sample.echoed is not None:
+        columns["text_offsets"] = sample.echoed.text_offsets
     if sample.error is not None:
         columns["error"] = asdict(sample.error)
     return columns

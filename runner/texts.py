@@ -4,7 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 from runner.engine.stop import TextStream
-from runner.types import Completion, Logprob, SamplingParams, TokenLogprobs
+from runner.models.token_bytes import TokenBytes
+from runner.text_offsets import text_of, text_offsets
+from runner.types import (
+    Completion,
+    Logprob,
+    RequestOutput,
+    SamplingParams,
+    TextTokens,
+    TokenLogprobs,
+)
 
 
 class Texts:
@@ -13,6 +22,7 @@ class Texts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._token_texts: dict[int, str] = {}
+        self._token_bytes = TokenBytes(tokenizer)
 
     def prompt_logprobs(
         self, scored: TokenLogprobs, prompt_token_ids: list[int]
@@ -39,6 +49,23 @@ class Texts:
         if isinstance(stop, str) and (end := text.find(stop, first)) >= 0:
             text = text[: end if drop else end + len(stop)]
         return text
+
+    def echo(self, output: RequestOutput) -> None:
+        """Puts the prompt before each of its completions, whose texts are there."""
+        prompt, given = output.prompt, output.prompt_token_ids
+        if prompt is None:
+            prompt = text_of(given, self._token_bytes)
+        scored = output.prompt_token_logprobs
+        logprobs = [None] * len(given) if scored is None else scored.with_nulls()
+        offsets = [*text_offsets(prompt, given, self._token_bytes)]
+        for sample in output.outputs:
+            own = text_offsets(sample.text, sample.token_ids, self._token_bytes)
+            sample.echoed = TextTokens(
+                token_ids=[*given, *sample.token_ids],
+                logprobs=[*logprobs, *sample.raw_logprobs],
+                text_offsets=[*offsets, *(len(prompt) + offset for offset in own)],
+            )
+            sample.text = prompt + sample.text
 
     def _first_place(self, stop: str, completion: Completion, params: SamplingParams) -> int:
         """Where in the text its stop string can begin: `min_tokens` passes over earlier ones."""

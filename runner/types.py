@@ -62,6 +62,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """Alternatives per prompt token in `RequestOutput.prompt_logprobs`; 0 gives the prompt's tokens
     alone. Of the model's own distribution, whatever the other options say."""
+    echo: bool = False
+    """Puts the prompt before the completion in `Completion.text`, and says in `Completion.echoed`
+    where the tokens of both are in it; where `logprobs` asks, the prompt's own come as well."""
     repetition_penalty: float = 1.0
     """Divides the positive logits of tokens that the prompt or the completion holds, and multiplies
     the negative ones; 1 changes nothing."""
@@ -90,11 +93,19 @@ class SamplingParams:
             if not allowed:
                 raise ParameterError(f"{name}={getattr(self, name)!r} is not allowed: {what}")
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Like `prompt_logprobs`, with those that `echo` asks for by itself."""
+        if self.prompt_logprobs is not None or not self.echo:
+            return self.prompt_logprobs
+        # To sample nothing is to score the prompt.
+        return 0 if self.logprobs is None and self.max_tokens == 0 else self.logprobs
+
     def _checks(self) -> Iterable[tuple[str, bool, str]]:
         """Each field with whether its value is allowed, and what is."""
         most, wanted = self.max_tokens, self.prompt_logprobs
-        only_scores = most == 0 and wanted is not None
-        some = "at least 1, null to fill the context, or 0 beside prompt_logprobs"
+        only_scores = most == 0 and self.num_prompt_logprobs is not None
+        some = "at least 1, null to fill the context, or 0 beside prompt_logprobs or echo"
         return (
             ("n", self.n == 1 or (self.n > 1 and most != 0), "at least 1, and 1 for max_tokens=0"),
             ("temperature", 0.0 <= self.temperature < float("inf"), "at least 0 and finite"),
@@ -252,6 +263,20 @@ class WeightSpan:
     end: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextTokens:
+    """The tokens of a text, an entry for each."""
+
+    token_ids: list[int]
+    logprobs: list[float | None]
+    """In the model's own distribution, float32; None for one that nothing precedes, and for those
+    of a prompt that were not asked for."""
+    text_offsets: list[int]
+    """Where it begins in the text, in characters, never beyond the text's end. Tokens that share a
+    character begin where it does; one that the text leaves out, as it does special ones and what
+    ended the row, where the next one does."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Completion:
     """One finished sample of a request."""
@@ -274,6 +299,11 @@ class Completion:
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended the row; None for end of sequence and length."""
     text: str = ""
+    """Without special tokens and what ended it, unless asked for; behind the prompt with `echo`."""
+    echoed: TextTokens | None = None
+    """Where `SamplingParams.echo` asks: the tokens of `text`, the prompt's first. The other fields
+    are about the completion's own tokens. Both are decoded apart, also where a character begins in
+    the one and ends in the other."""
     num_drafted: int = 0
     """Tokens that were guessed ahead of the model."""
     num_accepted: int = 0

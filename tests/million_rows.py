@@ -27,16 +27,27 @@ from runner.engine.stats import EngineStats  # noqa: E402
 from runner.jobs.generate import generate  # noqa: E402
 from runner.jobs.merge import merge  # noqa: E402
 from runner.models.load import LoadedModel  # noqa: E402
-from runner.types import Completion, PromptRequest, RequestOutput, SamplingParams  # noqa: E402
+from runner.types import (  # noqa: E402
+    Completion,
+    PromptRequest,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 
 class StubLLM:
-    """Answers every prompt with four tokens at once, as late as a batch of 64 would."""
+    """Answers every prompt with four tokens at once, as late as a batch of 64 would.
+
+    Scored again, they are as likely as they were.
+    """
 
     def __init__(self, path: str, **options: Any) -> None:
         blas = SimpleNamespace(name="none", warning=None)
         memory = SimpleNamespace(num_bytes=0)
-        self.engine = SimpleNamespace(stats=EngineStats(), max_batch_size=64, memory=memory)
+        self.engine = SimpleNamespace(
+            stats=EngineStats(), max_batch_size=64, memory=memory, clear_prefix_cache=lambda: None
+        )
         self.batch_size_choice = None
         self.loaded = LoadedModel(
             model=None, tokenizer=None, name="stub", path=path, dtype="float32",
@@ -69,9 +80,15 @@ def _answer(request: PromptRequest) -> RequestOutput:
         request_id=request.request_id, index=0, token_ids=[1, 2, 3, 4], text="four",
         raw_logprobs=[-0.5] * 4, processed_logprobs=[-0.25] * 4, finish_reason="length",
     )  # fmt: skip
+    again = None
+    if request.params.prompt_logprobs is not None:
+        again = TokenLogprobs(
+            start=5, logprobs=[-0.5] * 4, ranks=[1] * 4, top_token_ids=[[]] * 4,
+            top_logprobs=[[]] * 4,
+        )  # fmt: skip
     return RequestOutput(
         request_id=request.request_id, prompt=request.prompt.text,
-        prompt_token_ids=[5, 6, 7, 8, 9], outputs=[sample],
+        prompt_token_ids=[5, 6, 7, 8, 9], outputs=[sample], prompt_token_logprobs=again,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
     {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
-    | {"device_memory", "overrides", "run_log", "trackers"},
+    | {"device_memory", "overrides", "run_log", "text_offsets", "trackers"},
     {
         "batch_size",
         "earlier_results",
@@ -24,7 +24,16 @@ LEVELS = [
     },
     {"speculative"},
     {"llm"},
-    {"report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
+    {
+        "certificate",
+        "report",
+        "adapter_watch",
+        "result_rows",
+        "rows",
+        "server",
+        "benchmarking",
+        "perplexity",
+    },
     {"job", "documents", "choices"},
     {"scoring_run"},
     {"jobs"},

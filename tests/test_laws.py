@@ -1,9 +1,20 @@
 """The laws: what batching, order, groups and neighbours may never change."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB_SIZE, assert_same, make_engine, naive_sample, request, run, tiny_model
+from tiny import (
+    VOCAB_SIZE,
+    assert_same,
+    assert_scored,
+    make_engine,
+    naive_prompt_logprobs,
+    naive_sample,
+    request,
+    run,
+    tiny_model,
+)
 from tiny_architectures import tiny_architecture
 
 from runner.types import Request
@@ -109,6 +120,35 @@ def test_same_seed_same_text_other_index_other_text(prompt, seed):
     assert len(set(texts)) == 3
     other = run(make_engine(MODEL), [request(prompt, n=1, **(params | {"seed": seed + 1}))])
     assert tuple(other["r", 0].token_ids) not in texts
+
+
+@pytest.mark.parametrize("model", [MODEL, WINDOWED, HYBRID], ids=["full", "sliding", "hybrid"])
+@settings(max_examples=10)
+@given(workload=workloads, sizes=sizes, again=sizes)
+def test_what_was_sampled_is_what_is_scored_is_a_full_forward(model, workload, sizes, again):
+    """Law 5: the row fed back, in other batches, by the engine and by one naive forward."""
+    requests = as_requests(workload)
+    sampled = run(make_engine(model, **sizes), requests)
+    rows = {
+        f"{one.request_id}/{index}": (
+            request(
+                [*one.prompt_token_ids, *sampled[one.request_id, index].token_ids],
+                f"{one.request_id}/{index}",
+                max_tokens=0,
+                prompt_logprobs=0,
+                logprobs_start=len(one.prompt_token_ids),
+            ),
+            sampled[one.request_id, index].raw_logprobs,
+        )
+        for one in requests
+        for index in range(one.params.n)
+    }
+    scored = run(make_engine(model, **again), [row for row, _ in rows.values()])
+    for name, (row, recorded) in rows.items():
+        echoed = scored[name, 0].prompt_logprobs
+        assert_scored(echoed, naive_prompt_logprobs(model, row))
+        assert echoed is not None
+        np.testing.assert_allclose(echoed.logprobs, recorded, atol=1e-4)
 
 
 @settings(max_examples=15)

@@ -1,6 +1,7 @@
 """The tiny model with a tokenizer of bytes, as files that a user could point at."""
 
 from pathlib import Path
+from typing import Any
 
 import tiny
 from mlx_lm.utils import save_config, save_model
@@ -23,10 +24,11 @@ CONFIG = tiny.CONFIG | {
 }
 
 
-def save_tiny_model(directory: Path) -> Path:
+def save_tiny_model(directory: Path, **changes: Any) -> Path:
     """Writes config, weights and tokenizer; every byte is a token, </s> ends a text."""
-    save_model(directory, tiny.tiny_model(vocab_size=len(TOKENS), max_position_embeddings=CONTEXT))
-    save_config(dict(CONFIG), directory / "config.json")
+    changes = {"vocab_size": len(TOKENS), "max_position_embeddings": CONTEXT} | changes
+    save_model(directory, tiny.tiny_model(**changes))
+    save_config(CONFIG | changes, directory / "config.json")
     vocabulary = Vocabulary(
         tokens=TOKENS,
         merges=[],

@@ -87,18 +87,27 @@ class WriteBehind:
         self._raise()
         self._groups.put(rows)
 
-    def close(self, *, complete: bool, input: Any = None) -> None:
-        """Writes what was taken, ends the thread and closes the writer.
+    def finish(self) -> None:
+        """Writes and commits what was taken, and ends the thread: nothing is to be written after.
 
-        A failure of the thread is raised once, here or by `write`.
+        A failure of the thread is raised once, here or by `write` or `close`.
         """
-        if self._thread.is_alive():
-            self._groups.put(None)
-            self._thread.join()
+        self._end()
+        self._raise()
+        self._writer.commit()
+
+    def close(self, *, complete: bool, input: Any = None) -> None:
+        """Writes what was taken, ends the thread and closes the writer."""
+        self._end()
         try:
             self._raise()
         finally:
             self._writer.close(complete=complete and self._failure is None, input=input)
+
+    def _end(self) -> None:
+        if self._thread.is_alive():
+            self._groups.put(None)
+            self._thread.join()
 
     def _raise(self) -> None:
         failure = self._failure

@@ -47,6 +47,16 @@ RESULT_FIELDS: tuple[pa.Field, ...] = (
 )
 """The columns of every result; the input's own columns follow them."""
 
+ECHO_FIELDS: tuple[pa.Field, ...] = (
+    *RESULT_FIELDS,
+    pa.field(
+        "text_offsets",
+        pa.list_(pa.int32()),
+        metadata={"unit": "characters of text, for each token of the prompt and the completion"},
+    ),
+)
+"""The columns of results whose text has the prompt in it."""
+
 RESULT_COLUMNS = frozenset(field.name for field in RESULT_FIELDS)
 
 

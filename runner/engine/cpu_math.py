@@ -75,6 +75,20 @@ def log_sum_exp(logits: Floats, weights: Floats) -> Floats:
     return normalizer
 
 
+def entropy_of(logits: Floats, weights: Floats) -> Floats:
+    """The entropies, (R, 1), in nats, of logits (R, V), with what `log_sum_exp` left in `weights`.
+
+    What is impossible adds nothing, where 0 x -inf would be no number. Overwrites `weights`.
+    """
+    total = weights.sum(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted[weights == 0] = 0
+    weights *= shifted
+    entropies: Floats = np.log(total) - weights.sum(axis=-1, keepdims=True) / total
+    return entropies
+
+
 def sum_in_order(values: Floats) -> Floats:
     """Sums over the last axis, kept, in an order that zeros added behind do not change.
 

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from runner.engine.cpu_math import log_sum_exp, on_cpu, view
+from runner.engine.cpu_math import entropy_of, log_sum_exp, on_cpu, view
 from runner.types import Request, TokenLogprobs
 
 MAX_LOGITS_BYTES = 2**26
@@ -78,8 +78,8 @@ def _normalized(logits: mx.array, *, entropy: bool) -> tuple[mx.array, mx.array]
 
     The one place where a vocabulary is exponentiated to score.
     """
-    if on_cpu() and not entropy:
-        return _on_host(logits), mx.zeros((logits.shape[0], 0))
+    if on_cpu():
+        return _on_host(logits, entropy=entropy)
     blocks = _in_blocks(logits)
     partial = mx.logsumexp(blocks, axis=-1)
     normalizer = mx.logsumexp(partial, axis=-1, keepdims=True)
@@ -92,15 +92,21 @@ def _normalized(logits: mx.array, *, entropy: bool) -> tuple[mx.array, mx.array]
     return normalizer, -mx.sum(mx.sum(products, axis=-1), axis=-1)
 
 
-def _on_host(logits: mx.array) -> mx.array:
-    """The log-sum-exp, (B, N, 1), by NumPy, a few rows at a time that stay in its caches."""
+def _on_host(logits: mx.array, *, entropy: bool) -> tuple[mx.array, mx.array]:
+    """The same by NumPy, a few rows at a time that stay in its caches."""
     rows = view(logits).reshape(-1, logits.shape[-1])
-    scratch = np.empty_like(rows[:_ROWS])
-    parts = [
-        log_sum_exp(part, scratch[: len(part)])
-        for part in (rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS))
-    ]
-    return mx.array(np.concatenate(parts)).reshape(*logits.shape[:-1], 1)
+    scratch, shape = np.empty_like(rows[:_ROWS]), logits.shape[:-1]
+    normalizers, entropies = [], []
+    for start in range(0, len(rows), _ROWS):
+        part = rows[start : start + _ROWS]
+        weights = scratch[: len(part)]
+        normalizers.append(log_sum_exp(part, weights))
+        if entropy:
+            entropies.append(entropy_of(part, weights))
+    normalizer = mx.array(np.concatenate(normalizers)).reshape(*shape, 1)
+    if not entropy:
+        return normalizer, mx.zeros((shape[0], 0))
+    return normalizer, mx.array(np.concatenate(entropies)).reshape(shape)
 
 
 def _in_blocks(logits: mx.array) -> mx.array:

@@ -46,8 +46,6 @@ class ApiRequest:
     params: SamplingParams
     has_seed: bool
     """Whether the body names a seed; otherwise `params` has the seed of the defaults."""
-    echo: bool = False
-    """Whether the prompt stands before each completion, with its logprobs where they are shown."""
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
 
@@ -104,7 +102,6 @@ def parse_request(url: str, body: Mapping[str, Any], defaults: SamplingParams) -
         prompts=prompts,
         params=params,
         has_seed="seed" in fields,
-        echo=fields.get("echo", False),
         return_token_ids=fields.get("return_token_ids", False),
         return_tokens_as_token_ids=fields.get("return_tokens_as_token_ids", False),
     )
@@ -130,10 +127,7 @@ def _completion_params(fields: Mapping[str, Any], defaults: SamplingParams) -> S
     if fields.get("max_tokens") == 0 and not echo:
         what = "'max_tokens' can be 0 only with 'echo'."
         raise ApiError(what, code="invalid_value", param="max_tokens")
-    of_prompt = None
-    if echo and (logprobs is not None or fields.get("max_tokens") == 0):
-        of_prompt = logprobs or 0  # To sample nothing is to score the prompt.
-    shown = {"logprobs": logprobs, "prompt_logprobs": of_prompt}
+    shown = {"logprobs": logprobs, "echo": echo}
     params = _params(fields, defaults, shown=shown, names={})
     if fields.get("best_of", params.n) != params.n:
         what = "Unsupported parameter: 'best_of' can only be 'n' here."

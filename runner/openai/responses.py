@@ -5,15 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from runner.openai.errors import ApiError
-from runner.openai.logprobs import (
-    Spelling,
-    TokenBytes,
-    chat_logprobs,
-    completion_logprobs,
-    echoed_logprobs,
-    echoed_prompt,
-)
+from runner.openai.logprobs import Spelling, chat_logprobs, completion_logprobs
 from runner.openai.requests import ApiRequest
+from runner.text_offsets import TokenBytes
 from runner.types import Completion, RequestOutput
 
 _TOO_LONG = "context_length_exceeded"
@@ -98,11 +92,9 @@ def _completion_choices(
     index = 0
     for output in outputs:
         for sample in output.outputs:
-            logprobs, text = completion_logprobs(sample, spelling), sample.text
-            if request.echo:
-                logprobs = echoed_logprobs(output, sample, spelling)
-                text = echoed_prompt(output, spelling.bytes_of) + text
-            shown = {"index": index, "text": text, "logprobs": logprobs}
+            echoed = output.prompt_logprobs or () if request.params.echo else ()
+            logprobs = completion_logprobs(sample, spelling, prompt_logprobs=echoed)
+            shown = {"index": index, "text": sample.text, "logprobs": logprobs}
             ids = {"prompt_token_ids": output.prompt_token_ids} if request.return_token_ids else {}
             yield shown | _ending(request, sample) | ids
             index += 1

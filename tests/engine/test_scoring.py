@@ -124,6 +124,7 @@ def test_what_was_sampled_scores_as_it_was_sampled(model):
         np.testing.assert_allclose(echoed.logprobs, completion.raw_logprobs, atol=1e-4)
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_the_numbers_are_the_definitions_worked_out_by_hand():
     """Three tokens of probabilities 1/2, 3/8 and 1/8, beside a shift that has to cancel out."""
     logits = mx.log(mx.array([[[0.5, 0.375, 0.125]] * 2])) + mx.array([[[80.0], [-80.0]]])
@@ -137,6 +138,7 @@ def test_the_numbers_are_the_definitions_worked_out_by_hand():
     np.testing.assert_allclose(scores.entropies, [[entropy, entropy]], atol=1e-5)
 
 
+@pytest.mark.usefixtures("everywhere")
 def test_half_precision_is_summed_in_float32_and_the_impossible_adds_no_entropy():
     random = np.random.default_rng(0).normal(size=(1, 3, 4000)).astype(np.float32)
     half = mx.array(random).astype(mx.float16)
@@ -152,6 +154,13 @@ def test_half_precision_is_summed_in_float32_and_the_impossible_adds_no_entropy(
     assert scores.top_token_ids.shape == (1, 1, 3), "no more than the vocabulary"
 
 
+@pytest.fixture(params=[True, False], ids=["host", "device"])
+def everywhere(request, monkeypatch):
+    """By NumPy, and by what runs on a device."""
+    monkeypatch.setattr(scoring, "on_cpu", lambda: request.param)
+
+
+@pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("vocab_size", [255, 256, 257, 50_000])
 def test_sums_over_a_vocabulary_lose_nothing_and_skip_the_impossible(vocab_size):
     """Added up in order in float32, 50 000 terms would be off by some 5e-5, all to one side."""
@@ -166,12 +175,16 @@ def test_sums_over_a_vocabulary_lose_nothing_and_skip_the_impossible(vocab_size)
     np.testing.assert_allclose(scores.entropies, -terms.sum(-1), atol=2e-5)
 
 
-def test_the_logits_in_memory_are_bounded_whatever_the_prompts():
-    """A full forward would hold 4 x 1500 x 9000 floats, 216 MB; here a chunk is 4 MiB of them."""
+@pytest.mark.parametrize("options", [{}, {"prompt_logprobs": 5, "prompt_entropy": True}], ids=str)
+def test_the_logits_in_memory_are_bounded_whatever_the_prompts(options):
+    """A full forward would hold 4 x 1500 x 9000 floats, 216 MB; here a chunk is 4 MiB of them.
+
+    In proportion: four chunks of logits and the keys and values of two prompts, beside the weights.
+    """
     model = tiny_model(vocab_size=9000)
     random = np.random.default_rng(0)
     rows = [
-        only_scored(random.integers(3, 9000, size).tolist(), f"{i}")
+        only_scored(random.integers(3, 9000, size).tolist(), f"{i}", **options)
         for i, size in enumerate((1500, 1400, 1500, 40, 30, 30, 20))
     ]
     shapes = []

@@ -1,6 +1,8 @@
 """Jobs with adapters: one for all, by row, and every row with each."""
 
 import json
+import shutil
+from contextlib import nullcontext as does_not_raise
 from contextlib import suppress
 
 import polars as pl
@@ -10,6 +12,7 @@ from mlx_lm.utils import load as load_mlx
 from tiny_adapters import ATTENTION, random_adapter, save_mlx
 
 from runner import LLM, SamplingParams
+from runner.adapter_watch import AdapterWatch
 from runner.errors import AdapterError, OutputError, ParameterError
 
 TEXTS = ["the cat", "a dog sat here", "two and two"]
@@ -192,3 +195,63 @@ def test_a_line_of_a_batch_names_its_adapter_as_the_model(place, llm):
         assert body["choices"][0]["text"] == output.outputs[0].text
     (error,) = read_jsonl(place / "batch" / "errors.jsonl")
     assert error["response"]["status_code"] == 404
+
+
+def test_a_watched_directory_gives_its_newest_adapter_while_the_job_runs(place, monkeypatch):
+    """Each look happens after a step; b comes after a few of them, and is whole two looks later."""
+    watched = place / "policy"
+    shutil.copytree(place / "a", watched / "step-1")
+    looks = []
+    look = AdapterWatch.look
+
+    def looked(watch, llm, mode):
+        looks.append(mode)
+        watch._looked = 0.0
+        if len(looks) == 2:
+            shutil.copytree(place / "b", watched / "step-2", copy_function=shutil.copyfile)
+        look(watch, llm, mode)
+
+    monkeypatch.setattr(AdapterWatch, "look", looked)
+    options = (f"lora.watch={watched}", "lora.swap=update", "sampling.max_tokens=12")
+    found = run("generate", place, *options, "sampling.ignore_eos=true", out="watched")
+    assert set(found["adapter"]) == {"policy"} and set(looks) == {"update"}
+    for spans in found["weight_versions"].to_list():
+        assert [it["version"] for it in spans] == [1, 2]
+        assert spans[0]["start"] == 0 < spans[0]["end"] == spans[1]["start"] < spans[1]["end"] == 12
+
+
+def test_a_watched_adapter_that_does_not_fit_is_left_out_with_a_warning(place, llm):
+    watched = place / "broken"
+    shutil.copytree(place / "a", watched / "step-1")
+    watch = AdapterWatch(str(watched), "broken")
+    watch.start(llm)
+    before = llm.adapters["broken"]
+    shutil.copytree(place / "b", watched / "step-2", copy_function=shutil.copyfile)
+    (watched / "step-2" / "adapters.safetensors").write_bytes(b"half")
+    for wanted in (does_not_raise(), pytest.warns(UserWarning, match="cannot be read")):
+        watch._looked = 0.0
+        with wanted:
+            watch.look(llm, "keep")
+    assert llm.adapters["broken"] == before
+    llm.unload_adapter("broken")
+
+
+def test_watching_needs_an_adapter_and_a_job_that_samples(place):
+    (place / "empty").mkdir()
+    for job, options, error, what in (
+        ("generate", [f"lora.watch={place / 'empty'}"], AdapterError, "has no adapter yet"),
+        ("score", [f"lora.watch={place / 'a'}"], ParameterError, "lora.watch=.*is not allowed"),
+        ("generate", ["lora.swap=update"], ParameterError, "not allowed without lora.watch"),
+        ("generate", ["lora.swap=now"], ParameterError, "lora.swap='now' is not allowed"),
+        ("generate", ["lora.watch=x", "lora.path=y"], ParameterError, "not allowed beside"),
+    ):
+        with pytest.raises(error, match=what):
+            run(job, place, *options, out=f"refused-{job}")
+
+
+def test_the_certificate_scores_rows_with_their_adapter(place):
+    options = (adapters(place), "lora.sweep=true", *SHORT, "job.certify=9")
+    run("rollout", place, *options, "reward=last_number", "reward.answer_column=text", out="cert")
+    found = summary(place, "cert")["certificate"]
+    assert (found["rows"], found["errors"]) == (9 * 4, 0) or found["rows"] == 9
+    assert found["max_difference"] < 1e-4

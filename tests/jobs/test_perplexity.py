@@ -339,9 +339,15 @@ def test_as_a_user_runs_it_again_with_another_corpus_and_merged(place, commands)
         (["data.chat=true"], "data.chat=true is not allowed"),
         (["data.prompt_column=n"], "has the type int64, not text"),
         (["data.text_lines=true"], "text_lines=True is for .txt files"),
+        (["data.path=empty.jsonl"], "empty.jsonl: has no rows"),
+        (["data.path=empty.txt"], "empty.txt: is empty"),
+        (["data.prompt_column=title"], "title"),
+        (["sampling.echo=true"], "sampling.echo=True is not allowed"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(place, commands, options, message):
+    for name in ("empty.jsonl", "empty.txt"):
+        (place / name).touch()
     base = ("perplexity", "model.path=tiny", "data.path=texts.jsonl", "output.dir=out")
     assert message in commands.refused(*base, *options, cwd=place)
     assert not (place / "out" / "manifest.jsonl").exists()

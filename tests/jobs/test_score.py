@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.resources import files
 from pathlib import Path
 
 import mlx.core as mx
@@ -88,21 +89,27 @@ def test_choices_are_scored_normalised_and_chosen(place, llm):
 
 
 def test_choices_are_equal_scored_together_and_one_by_one(place):
-    together = run(place, *OPTIONS)
+    """On the shipped questions: four choices of a context, or a row and no cache for each."""
+    shipped = Path(str(files("runner.data") / "multiple_choice.jsonl"))
+    rows = [json.loads(line) for line in shipped.read_text().splitlines()]
     alone = [
-        {"prompt": row["prompt"], "completion": choice} for row in ROWS for choice in row["choices"]
+        {"question": row["question"], "choices": [choice]}
+        for row in rows
+        for choice in row["choices"]
     ]
     write_jsonl(place / "alone.jsonl", alone)
-    options = ("job.completion_column=completion", "engine.prefix_cache_bytes=0")
-    apart = run(place, *options, "engine.max_batch_size=1", path="alone.jsonl", out="alone")
-    key = ["prompt", "text"]
-    one, other = together.sort(key), apart.sort(key)
+    given = ("data=multiple_choice", "job.choices_column=choices")
+    together = run(place, *given, path=str(shipped))
+    options = ("engine.prefix_cache_bytes=0", "engine.max_batch_size=1")
+    apart = run(place, *given, *options, path="alone.jsonl", out="alone")
+    one, other = together.sort("question", "text"), apart.sort("question", "text")
+    assert one.height == other.height == len(alone) == 48
     assert one["token_ids"].to_list() == other["token_ids"].to_list()
     assert one["is_greedy"].to_list() == other["is_greedy"].to_list()
     np.testing.assert_allclose(
         one["logprobs"].explode().to_numpy(), other["logprobs"].explode().to_numpy(), atol=1e-4
     )
-    assert other["is_chosen"].null_count() == 8 and set(other["choice"]) == {0}
+    assert other["is_chosen"].null_count() == 48 and set(other["choice"]) == {0}
 
 
 def test_a_text_by_itself_has_no_context(place, llm):
@@ -198,10 +205,17 @@ def test_as_a_user_runs_it_and_again(place, commands):
         ([*OPTIONS, "job.completion_column=answer"], "give one of them"),
         (["job.choices_column=choices", "job.answer_column=choices"], "not text or an integer"),
         (["sampling.top_k=5"], "sampling.top_k=5 is not allowed"),
+        (["sampling.echo=true"], "sampling.echo=True is not allowed"),
+        (["data.path=empty.jsonl"], "no rows"),
+        (["data.path=empty.txt"], "is empty"),
+        (["data.path=numbers.jsonl"], "has the type int64, not text"),
         (["reward=last_number"], "reward is not allowed"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(place, commands, options, message):
+    for name in ("empty.jsonl", "empty.txt"):
+        (place / name).touch()
+    write_jsonl(place / "numbers.jsonl", [{"prompt": 5}])
     base = ("score", "model.path=tiny", "data.path=rows.jsonl", "output.dir=out")
     assert message in commands.refused(*base, *options, cwd=place)
 

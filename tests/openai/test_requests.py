@@ -77,6 +77,7 @@ def test_every_sampling_parameter_is_a_field() -> None:
     assert SAMPLING.keys() == {it.name for it in fields(SamplingParams)} - {
         "logprobs",
         "prompt_logprobs",
+        "echo",
     }
 
 
@@ -90,8 +91,8 @@ def test_echo_asks_for_the_logprobs_of_the_prompt_where_any_are_shown() -> None:
     ]:
         parsed = text(**body)
         params = parsed.params
-        assert (params.max_tokens, params.logprobs, params.prompt_logprobs) == shown
-        assert parsed.echo is body["echo"]
+        assert (params.max_tokens, params.logprobs, params.num_prompt_logprobs) == shown
+        assert params.echo is body["echo"]
     error = refusal(TEXT, prompt="x", max_tokens=0)
     assert error.param == "max_tokens" and "only with 'echo'" in error.message
     assert refusal(CHATTING, messages=HELLO, echo=True).code == "unsupported_parameter"

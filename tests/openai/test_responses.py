@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletion
 from runner import LLM, SamplingParams
 from runner.models.token_bytes import TokenBytes
 from runner.openai.errors import ApiError
-from runner.openai.logprobs import LEAST_LOGPROB, Spelling, completion_logprobs, text_offsets
+from runner.openai.logprobs import LEAST_LOGPROB, Spelling, completion_logprobs
 from runner.openai.requests import parse_request
 from runner.openai.responses import check_outputs, response_body
 from runner.types import Completion, ErrorInfo, Logprob, RequestOutput
@@ -207,24 +207,6 @@ def sample(said: str, tokens: list[bytes], **changes: Any) -> Completion:
         text=said,
         **made,
     )
-
-
-@pytest.mark.parametrize(
-    ("said", "tokens", "offsets"),
-    [
-        ("a bc d", [b"a", b" bc", b" d"], [0, 1, 4]),
-        ("é!", ["é".encode()[:1], "é".encode()[1:], b"!"], [0, 0, 1]),
-        ("\U0001f600x", [b"\xf0", b"\x9f\x98", b"\x80", b"x"], [0, 0, 0, 1]),
-        ("ab", [b"a", b"<x>", b"b", b"</s>"], [0, 1, 1, 2]),
-        ("ab", [b"ab", b"cd", b"ef"], [0, 2, 2]),
-        ("ab", [b"a", b"bcd"], [0, 1]),
-        ("a b", [b" a", b" b"], [0, 1]),
-        ("", [b"</s>"], [0]),
-    ],
-    ids=["words", "halves", "parts", "special", "cut", "cut inside", "lost space", "nothing"],
-)  # fmt: skip
-def test_offsets_are_places_in_the_text(said: str, tokens: list[bytes], offsets: list[int]) -> None:
-    assert list(text_offsets(said, range(len(tokens)), tokens.__getitem__)) == offsets
 
 
 def test_offsets_of_any_answer_rise_and_stay_inside_the_text(ask: Ask) -> None:
