@@ -12,7 +12,7 @@ _FORGOTTEN = 512
 _MARGIN = 1.02
 """How much faster drafts have to look: times are never exact."""
 _MOST_LOSS = 0.01
-"""Share of the time that trials may cost altogether, beside what one plain step takes."""
+"""Share of the time at a number of rows that trials there may cost, beside one plain step."""
 _KEPT_GAIN = 0.02
 """Share of the time up to which gains make up for later losses."""
 _NUM_LOOKS = 4
@@ -125,6 +125,21 @@ class _Times:
         return found[below] * (1 - share) + found[above] * share
 
 
+@dataclass(slots=True)
+class _Account:
+    """What drafts gained over plain steps, or lost, at about one number of rows."""
+
+    spent: float = 0.0
+    gained: float = 0.0
+
+    def add(self, seconds: float, gain: float) -> None:
+        self.spent += seconds
+        self.gained = min(self.gained + gain, _KEPT_GAIN * self.spent)
+
+    def allows(self, plain: float) -> bool:
+        return self.gained >= -_MOST_LOSS * self.spent - plain
+
+
 class Gate:
     """Chooses how many tokens are drafted, none where plain decoding is faster.
 
@@ -143,7 +158,7 @@ class Gate:
         self._rests = rests
         self._plain, self._verify = _Times(), _Times()
         self._step = self._num_live = 0
-        self._spent = self._gained = 0.0
+        self._accounts: dict[int, _Account] = {}
         self._num_idle = 0
         self._resting = 4 if rests else 0  # Plain steps to compare with.
         self._next_rest = _NUM_LOOKS
@@ -180,7 +195,7 @@ class Gate:
         # Where steps overlap, a plain one is timed while the gate rests.
         most_age = _FORGOTTEN if self._rests else _STALE
         plain = self._plain.exact(num_rows, self._step, most_age=most_age)
-        if plain is None or self._gained < -_MOST_LOSS * self._spent - plain:
+        if plain is None or not self._account(num_rows).allows(plain):
             return 1
         most = max(lengths) + 1
         widths = sorted({min(most, 1 + 2**i) for i in range(6)} | {most})
@@ -191,6 +206,9 @@ class Gate:
             if speed > least:
                 best, least = width, speed
         return best
+
+    def _account(self, num_rows: int) -> _Account:
+        return self._accounts.setdefault(num_rows.bit_length(), _Account())
 
     def _seconds(self, num_positions: int) -> float:
         found = self._verify.exact(num_positions, self._step, most_age=_FORGOTTEN)
@@ -203,11 +221,11 @@ class Gate:
 
         What drafts gained over plain steps, or lost, decides whether more may be tried.
         """
-        self._spent += seconds
         plain = self._plain.exact(num_rows, self._step, most_age=_FORGOTTEN)
+        gain = 0.0
         if width > 1 and plain is not None:
             gain = num_tokens / self._num_live * plain - seconds
-            self._gained = min(self._gained + gain, _KEPT_GAIN * self._spent)
+        self._account(num_rows).add(seconds, gain)
         if width > 1:
             self._verify.record(num_rows * width, seconds, self._step)
         elif looked != self._rests:
