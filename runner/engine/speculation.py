@@ -252,8 +252,9 @@ class Speculation:
             step.num_rows, drafted=is_drafted, tokens=num_tokens, seconds=step.seconds
         )
         if self._gate is not None:
-            counts = {"num_tokens": num_tokens, "looked": step.looked}
-            self._gate.record(step.num_rows, step.width, step.seconds, **counts)
+            self._gate.record(
+                step.num_rows, step.width, step.seconds, num_tokens=num_tokens, looked=step.looked
+            )
         if isinstance(step.inner, Verified):
             self._read_drafts(step.inner)
 
