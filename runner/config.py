@@ -59,6 +59,35 @@ class EngineConfig:
 
 
 @dataclass
+class SpeculativeConfig:
+    """What is drafted ahead of the model (`speculative=`); results are the same with and without.
+
+    Options may be changed when a run is resumed.
+    """
+
+    proposers: list[str] = field(default_factory=list)
+    """Where drafts come from, in order, of ngram, previous and draft_model; a row takes the first
+    that has one. Empty drafts nothing."""
+    num_draft_tokens: int = 8
+    """Tokens drafted for a row at once at most, 1 to 32."""
+    gate: bool = True
+    """Drafts only where it is measured to be faster than plain decoding; false always drafts."""
+    ngram_min: int = 1
+    """Fewest last tokens of a row that are looked up in what came before, 1 to 16."""
+    ngram_max: int = 4
+    """Most of them; the longest run that came before counts."""
+    ngram_scope: str = "row"
+    """Where they are looked up: row (its prompt and completion), group (the other completions of
+    the prompt too), or job (finished rows as well)."""
+    # Not `from`, which no Python field can be named; the command line takes that as well.
+    previous: str | None = None
+    """Results of an earlier run, a directory or a merged file, of whose rows the same rows here are
+    drafted; speculative.from says the same."""
+    draft_model: str | None = None
+    """A model that drafts, named as in `model.path`; its vocabulary has to be the same."""
+
+
+@dataclass
 class LoraConfig:
     """Adapters (`lora=`), as mlx-lm or PEFT write them: LoRA and DoRA. Changes results."""
 
@@ -204,6 +233,7 @@ class Config:
     data: Any = MISSING
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     output: Any = MISSING
     reward: Any = None

@@ -77,6 +77,9 @@ class RunContext:
         self.config = config
         self.directory = Path(config.output.dir)
         self.params = _sampling_params(config)
+        if self.params.max_tokens == 0 and config.speculative.proposers:
+            given = f"speculative.proposers={list(config.speculative.proposers)}"
+            raise ParameterError(f"{given} is not allowed: this job samples nothing to draft")
         fields = fields or (ECHO_FIELDS if self.params.echo else RESULT_FIELDS)
         self.dataset: Dataset = instantiate(config.data)
         self.lora = LoraOptions.of(_plain(config.lora))
@@ -356,6 +359,7 @@ def open_llm(config: DictConfig, load_model: Loader | None = None) -> LLM:
     model, engine = _plain(config.model), _plain(config.engine)
     lora = LoraOptions.of(_plain(config.lora))
     engine |= {"seed": config.sampling.seed or 0, "max_adapters": lora.max_adapters}
+    engine["speculative"] = _plain(config.speculative)
     path = model.pop("path")
     if load_model is None:
         llm = LLM(path, **model, **engine)

@@ -1,6 +1,5 @@
 """`LLM`: text in, text out; joins a model, its tokenizer and the engine."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -8,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runner.models.load import LoadedModel, load_model  # First: it loads the BLAS, then mlx.
+from runner.models.load import LoadedModel, loaded_model  # First: it loads the BLAS, then mlx.
 
 # isort: split
 from runner.batch_size import check_batch_size, settled_batch_size
@@ -24,6 +23,7 @@ from runner.progress import Progress
 from runner.prompt_requests import PromptLike, adapter_names, as_prompt, prompt_requests
 from runner.prompts import encode_bad_words, encode_prompt
 from runner.scores import ScoreInput, in_order_of_work, scored_texts
+from runner.speculative import SpeculativeOptions
 from runner.texts import Texts
 from runner.types import (
     Completion,
@@ -69,22 +69,19 @@ class LLM:
         quantized_kv_start: int = 0,
         max_kv_size: int | None = None,
         batch_invariant: bool = False,
+        speculative: str | Mapping[str, Any] | None = None,
         max_adapters: int = 8,
         seed: int = 0,
     ) -> None:
-        """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
+        """Loads a model; `ModelConfig`, `EngineConfig` and `SpeculativeConfig` say what each is.
 
         Raises ModelError where the model cannot be loaded or its kind is not covered, and
         ParameterError where an option has a value that is not allowed.
         """
         check_batch_size(max_batch_size)
+        drafting = SpeculativeOptions.of(speculative)
         budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
-        if not isinstance(model, LoadedModel):
-            model = load_model(
-                str(model), revision=revision, dtype=dtype, max_model_len=max_model_len
-            )
-        if model.blas.warning is not None:
-            warnings.warn(model.blas.warning, stacklevel=2)
+        model = loaded_model(model, revision=revision, dtype=dtype, max_model_len=max_model_len)
         self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
         self.seed, self._texts = seed, Texts(model.tokenizer)
         budget = default_memory_budget() if budget is None else budget
@@ -93,6 +90,7 @@ class LLM:
             kv_group_size=kv_group_size,
             quantized_kv_start=quantized_kv_start,
             max_kv_size=max_kv_size,
+            num_spare=drafting.num_spare(batch_invariant=batch_invariant),
         )
         size, self.batch_size_choice = settled_batch_size(
             max_batch_size, model, budget, kv_options, batch_invariant=batch_invariant
@@ -101,6 +99,7 @@ class LLM:
             Engine,
             model.model,
             memory_budget=budget,
+            prefill_step_size=prefill_step_size,
             prefix_cache_bytes=prefix_cache_bytes,
             max_adapters=max_adapters,
             kv_options=kv_options,
@@ -110,7 +109,7 @@ class LLM:
         )
         if batch_invariant:
             check_batch_invariance(make_engine, max_batch_size=size)
-        self.engine = make_engine(max_batch_size=size, prefill_step_size=prefill_step_size)
+        self.engine = make_engine(max_batch_size=size, speculation=drafting.built(model))
         self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
         self._num_calls, self._pending = 0, dict[str, _Pending]()
 

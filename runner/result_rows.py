@@ -42,6 +42,8 @@ def _sample_columns(sample: Completion) -> dict[str, Any]:
         "logprobs": sample.processed_logprobs,
         "raw_logprobs": sample.raw_logprobs,
         "finish_reason": sample.finish_reason,
+        "num_drafted": sample.num_drafted,
+        "num_accepted": sample.num_accepted,
         "adapter_digest": sample.adapter_digest,
         "weight_versions": [asdict(span) for span in sample.weight_versions],
         "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),

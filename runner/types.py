@@ -304,6 +304,10 @@ class Completion:
     """Where `SamplingParams.echo` asks: the tokens of `text`, the prompt's first. The other fields
     are about the completion's own tokens. Both are decoded apart, also where a character begins in
     the one and ends in the other."""
+    num_drafted: int = 0
+    """Tokens that were guessed ahead of the model."""
+    num_accepted: int = 0
+    """Those of them that the model then drew itself."""
     error: ErrorInfo | None = None
     """Why, where `finish_reason` is error."""
     adapter: str | None = None

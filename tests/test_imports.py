@@ -11,8 +11,9 @@ LEVELS = [
     {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "run_log", "text_offsets", "trackers"},
-    {"batch_size", "identity", "lora_options", "openai", "prompt_requests", "status", "texts"}
-    | {"training", "watch"},
+    {"batch_size", "earlier_results", "identity", "lora_options", "openai", "prompt_requests"}
+    | {"status", "texts", "training", "watch"},
+    {"speculative"},
     {"llm"},
     {"certificate", "report", "adapter_watch", "result_rows", "rows", "server", "benchmarking"}
     | {"perplexity"},

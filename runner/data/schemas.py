@@ -29,6 +29,8 @@ RESULT_FIELDS: tuple[pa.Field, ...] = (
     ),
     pa.field("finish_reason", pa.string()),
     pa.field("stop_reason", pa.string()),
+    pa.field("num_drafted", pa.int32()),
+    pa.field("num_accepted", pa.int32()),
     pa.field("temperature", pa.float64()),
     pa.field("seed", pa.int64()),
     pa.field("model", pa.string()),

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from runner.engine.logits_processors import LogitsProcessors
 from runner.engine.lora import Adapter
+from runner.engine.model_runner import ModelRunner
 from runner.engine.sampler import Sampler, Samples, SamplingTable, uniforms
 from runner.engine.sequence import Draw, Sequence
 from runner.types import Logprob
@@ -19,6 +20,11 @@ class InFlight:
 
     samples: Samples
     rows: list[tuple[int, Sequence]]
+
+    @property
+    def num_positions(self) -> int:
+        """Positions forwarded, those of empty slots included."""
+        return len(self.samples.packed)
 
     def read(self) -> list[tuple[Sequence, Draw]]:
         """Waits for the step; what it drew for each of its rows."""
@@ -45,8 +51,9 @@ def _draw(row: np.ndarray, floats: np.ndarray, sequence: Sequence) -> Draw:
 class Batch:
     """A table of row slots; a slot is empty or holds one sequence."""
 
-    def __init__(self, *, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, *, vocab_size: int, num_spare: int = 0) -> None:
+        """`num_spare` columns behind each row's last are kept for what is drafted."""
+        self.vocab_size, self.num_spare = vocab_size, num_spare
         self.rows: list[Sequence | None] = []
         self._token_ids = mx.zeros((0,), mx.int32)
         self._sampler = Sampler()
@@ -66,9 +73,9 @@ class Batch:
     @property
     def extent(self) -> tuple[int, int, int]:
         """Slots, the columns that they need now, and the most that any of them comes to need."""
-        live = self.sequences
-        columns = max(sequence.position for sequence in live) + 1
-        return len(self.rows), columns, max(sequence.num_columns for sequence in live)
+        live, spare = self.sequences, self.num_spare
+        columns = max(sequence.position for sequence in live) + 1 + spare
+        return len(self.rows), columns, max(sequence.num_columns for sequence in live) + spare
 
     def place(self, sequence: Sequence) -> None:
         """Puts a sequence into the first empty slot, or a new one."""
@@ -110,11 +117,16 @@ class Batch:
     def input_token_ids(self) -> mx.array:
         """(B,) int32: the last sampled token of each row, or the last one of its prompt."""
         sampled = self._sampled()
-        fresh = [s is not None and s.num_launched == 0 for s in self.rows]
-        if not any(fresh):
+        known = [s is not None and s.num_launched == len(s.token_ids) for s in self.rows]
+        if not any(known):
             return sampled
-        last = [s.request.prompt_token_ids[-1] if s is not None else 0 for s in self.rows]
-        return mx.where(mx.array(fresh), mx.array(last, mx.int32), sampled)
+        last = [s.last_token_id if s is not None else 0 for s in self.rows]
+        return mx.where(mx.array(known), mx.array(last, mx.int32), sampled)
+
+    def forget_device(self) -> None:
+        """After a step that went past `sample`: the next one starts from what the host has read."""
+        self._token_ids = mx.zeros((len(self.rows),), mx.int32)
+        self._table = self._processors = None
 
     def sample(self, logits: mx.array) -> Samples:
         """Draws each row's next token from `logits`, (B, V), as its parameters say."""
@@ -131,6 +143,11 @@ class Batch:
         streams = np.array([s.stream if s is not None else 0 for s in self.rows], np.uint64)
         counters = np.array([s.num_launched if s is not None else 0 for s in self.rows], np.uint64)
         return uniforms(streams, counters)
+
+    def launch(self, runner: ModelRunner) -> InFlight:
+        """Sends the next token of every row on its way."""
+        logits = runner.decode(self.input_token_ids(), self.positions(), self.adapters())
+        return self.launched(self.sample(logits))
 
     def launched(self, samples: Samples) -> InFlight:
         """Notes that a step for the rows that wanted one is on its way."""

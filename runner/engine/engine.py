@@ -8,11 +8,12 @@ import mlx.nn as nn
 from runner.adapter_weights import AdapterWeights
 from runner.engine.adapters import Adapters, SwapMode, check_swap_mode
 from runner.engine.admission import Admission
-from runner.engine.batch import Batch, InFlight
+from runner.engine.batch import InFlight
 from runner.engine.checks import check_at_least
 from runner.engine.flight import Flight
 from runner.engine.kv_options import KVOptions
 from runner.engine.lora import Adapter
+from runner.engine.memory import MemoryBudget
 from runner.engine.model_runner import ModelRunner, ReadyPrompt
 from runner.engine.recovery import (
     is_allocation_failure,
@@ -21,7 +22,8 @@ from runner.engine.recovery import (
 )
 from runner.engine.scheduler import FreeRows, Order, Scheduler
 from runner.engine.sequence import Sequence, SequenceFactory, num_columns
-from runner.engine.stats import EngineStats, num_prompt_tokens
+from runner.engine.speculation import Launched, Speculation
+from runner.engine.stats import EngineStats
 from runner.engine.stop import Decode
 from runner.errors import UnknownAdapterError
 from runner.types import Completion, ErrorInfo, Request
@@ -48,6 +50,7 @@ class Engine:
         max_adapters: int = 8,
         eos_token_ids: Collection[int] = (),
         decode: Decode | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """Takes a model with mlx-lm's interface.
 
@@ -63,6 +66,7 @@ class Engine:
             max_adapters: those that rows of one batch use together; the others take turns.
             eos_token_ids: tokens that end every row that does not set `ignore_eos`.
             decode: token ids -> text; needed for stop strings alone.
+            speculation: drafts for this engine's rows alone; `kv_options` has columns for them.
 
         Raises:
             ModelError: the model cannot be run in a padded batch, as `layer_kinds` says.
@@ -72,7 +76,7 @@ class Engine:
         check_at_least(1, max_model_len=max_model_len, memory_budget=memory_budget)
         check_at_least(0, prefix_cache_bytes=prefix_cache_bytes)
         self.max_batch_size, self.max_model_len = max_batch_size, max_model_len
-        self.stats = EngineStats()
+        self.stats, self.speculation = EngineStats(), speculation
         self._runner = ModelRunner(
             model,
             prefill_step_size=prefill_step_size,
@@ -81,19 +85,23 @@ class Engine:
             max_adapters=max_adapters,
         )
         self.adapters = Adapters(self._runner.adapters.modules)
-        self.memory = self._runner.memory_budget(memory_budget)
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
         eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
+        self.memory = self._made_memory(memory_budget)
         self.admission = Admission(
             self.memory, self._runner.vocab_size, eos, max_model_len, has_decode=decode is not None
         )
-        self._new_sequence = SequenceFactory(
-            eos_token_ids=eos, max_model_len=max_model_len, decode=decode
-        )
+        self._new_sequence = SequenceFactory(eos, max_model_len, decode)
         self._scheduler = self._made_scheduler(order, prefix_cache_bytes > 0)
+        self._flight = Flight.of(self._runner)
         self._started_over: dict[str, list[int]] = {}
-        self._flight = Flight(Batch(vocab_size=self._runner.vocab_size))
         self._aborting: set[str] = set()
+
+    def _made_memory(self, num_bytes: int | None) -> MemoryBudget:
+        drafters: list[ModelRunner] = []
+        if self.speculation is not None:
+            drafters = self.speculation.bind(self._runner, self.max_model_len)
+        return self._runner.memory_budget(num_bytes, beside=drafters)
 
     def _made_scheduler(self, order: Order, shares_prefixes: bool) -> Scheduler:
         return Scheduler(
@@ -180,6 +188,8 @@ class Engine:
         return self.adapters.weight_version
 
     def _go_on(self, is_changed: Callable[[Adapter | None], bool]) -> None:
+        if self.speculation is not None:
+            self._flight.ended += self._collect()  # How many tokens a draft gave is read off it.
         self._scheduler.put_back(self._flight.go_on(is_changed, self.adapters.now))
 
     def clear_prefix_cache(self) -> None:
@@ -198,27 +208,29 @@ class Engine:
 
         Where memory runs out, the rows in flight start over in a batch of half the size.
         """
-        aborted = self._end_aborted()
+        done = self._end_aborted()
         try:
-            return aborted + self._advance()
+            self._advance(done)
+            return done
         except (RuntimeError, MemoryError) as error:
             if not is_allocation_failure(error):
                 raise
             reason = str(error)
         # Not in the handler: the traceback holds the arrays of the forward that failed.
-        return aborted + self._start_over(reason)
+        return done + self._start_over(reason)
 
-    def _advance(self) -> list[Completion]:
+    def _advance(self, done: list[Completion]) -> None:
         scored = list(self._flight.scored)  # Read once the next prefill is on its way.
+        if self.speculation is not None and self.speculation.needs_draws:
+            done += self._collect()
         self._advance_prefill()
         self._start_ready()
         launched = self._launch()
-        finished = [self._only_scored(prompt) for prompt in scored] + self._collect()
-        finished += self._flight.ended
+        done += [self._only_scored(prompt) for prompt in scored] + self._collect()
+        done += self._flight.ended
         self._flight.ended = []
         del self._flight.scored[: len(scored)]
         self._flight.launched = launched
-        return finished
 
     def _only_scored(self, prompt: ReadyPrompt) -> Completion:
         """The end of a request that samples nothing and so needs no row."""
@@ -236,8 +248,7 @@ class Engine:
         self.stats.num_prefill_tokens += self._runner.prefill_chunk(self._flight.prefill)
         if self._flight.prefill.num_left == 0:
             prompts = self._runner.finish_prefill(self._flight.prefill)
-            self.stats.num_prompt_tokens += num_prompt_tokens(p.request for p in prompts)
-            self.stats.num_scored_tokens += sum(p.request.num_scored for p in prompts)
+            self.stats.count_prompts([prompt.request for prompt in prompts])
             for prompt in prompts:
                 prompt.indices = self._indices(prompt.request)
                 prompt.versions = [self.adapters.version_of(prompt.adapter)]
@@ -300,27 +311,19 @@ class Engine:
         self._runner.reserve(*self._flight.batch.extent)
 
     def _sequence(self, prompt: ReadyPrompt, index: int) -> Sequence:
-        return self._new_sequence(
-            prompt.request,
-            index,
-            prompt_logprobs=prompt.reader,
-            adapter=prompt.adapter,
-            versions=prompt.versions or [0],
-        )
+        return prompt.sequence(self._new_sequence, index)
 
-    def _launch(self) -> InFlight | None:
+    def _launch(self) -> InFlight | Launched | None:
         """Sends the next decode on its way, without waiting for the one before it."""
         batch = self._flight.batch
         if not batch.wants_forward or self._fills_up_first():
             return None
         self._compact()
         self._runner.reserve(*self._flight.batch.extent)
-        token_ids, positions = batch.input_token_ids(), batch.positions()
-        logits = self._runner.decode(token_ids, positions, batch.adapters())
-        samples = batch.sample(logits)
-        self.stats.num_steps += 1
-        self.stats.num_row_steps += len(batch.rows)
-        return batch.launched(samples)
+        drafting, runner = self.speculation, self._runner
+        launched = batch.launch(runner) if drafting is None else drafting.launch(batch)
+        self.stats.count_step(launched.num_positions)
+        return launched
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
@@ -352,6 +355,7 @@ class Engine:
                 if sequence.finish_reason == "error":
                     self._runner.caches.clear_row(sequence.row)
                 self._flight.batch.release(sequence)
+        self._flight.launched = None
         return [sequence.completion() for sequence in finished]
 
     def _end_aborted(self) -> list[Completion]:
@@ -381,9 +385,7 @@ class Engine:
             message = f"memory ran out for this row alone: {reason}"
             return self._new_sequence.failed(left, ErrorInfo("MemoryError", message))
         self.max_batch_size = size
-        self.stats.num_halvings += 1
-        self.stats.num_prompt_tokens -= num_prompt_tokens(r for r, _ in left if r not in prefilling)
-        self.stats.num_completion_tokens -= sum(len(row.token_ids) for row in rows)
+        self.stats.start_over(rows, [request for request, _ in left if request not in prefilling])
         self._started_over |= {request.request_id: indices for request, indices in left}
         self._scheduler.put_back(request for request, _ in left)
         warnings.warn(f"memory ran out; {size} rows at most from now on: {reason}", stacklevel=3)

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 
 from runner.engine.batch import Batch, InFlight
 from runner.engine.lora import Adapter
-from runner.engine.model_runner import Prefill, ReadyPrompt
+from runner.engine.model_runner import ModelRunner, Prefill, ReadyPrompt
 from runner.engine.recovery import Unfinished
 from runner.engine.sequence import Sequence
+from runner.engine.speculation import Launched
 from runner.types import Completion, Request
 
 
@@ -21,14 +22,20 @@ class Flight:
     """Prefilled, with samples that have not started."""
     scored: list[ReadyPrompt] = field(default_factory=list)
     """Prefilled, with nothing to sample; to be read with the next step."""
-    launched: InFlight | None = None
+    launched: InFlight | Launched | None = None
     """The step that is not read yet."""
     ended: list[Completion] = field(default_factory=list)
     """What never started, to be handed out with the next step."""
 
+    @classmethod
+    def of(cls, runner: ModelRunner) -> "Flight":
+        """Nothing under way yet, with a batch for what `runner` forwards."""
+        return cls(Batch(vocab_size=runner.vocab_size, num_spare=runner.num_spare))
+
     def emptied(self) -> "Flight":
         """The same with nothing under way; what has ended is still to be handed out."""
-        return Flight(Batch(vocab_size=self.batch.vocab_size), ended=self.ended)
+        vocab_size, num_spare = self.batch.vocab_size, self.batch.num_spare
+        return Flight(Batch(vocab_size=vocab_size, num_spare=num_spare), ended=self.ended)
 
     @property
     def is_empty(self) -> bool:

@@ -20,6 +20,8 @@ from runner.engine.memory import MemoryBudget
 from runner.engine.prefix_cache import MIN_TOKENS, PrefixCache, num_shared
 from runner.engine.row_caches import RowCaches
 from runner.engine.scoring import PromptScores, max_scored_positions
+from runner.engine.sequence import Sequence as Row
+from runner.engine.sequence import SequenceFactory
 from runner.types import Request, TokenLogprobs
 
 _MIN_TOGETHER = 512
@@ -111,6 +113,16 @@ class ReadyPrompt:
         self.adapter = adapter
         self.versions[1:] = [version]
 
+    def sequence(self, factory: SequenceFactory, index: int) -> Row:
+        """A sample of it, with nothing sampled yet."""
+        return factory(
+            self.request,
+            index,
+            prompt_logprobs=self.reader,
+            adapter=self.adapter,
+            versions=self.versions or [0],
+        )
+
     @property
     def reader(self) -> Callable[[], TokenLogprobs] | None:
         """Reads the prompt's logprobs, without the caches; None where none are wanted."""
@@ -149,6 +161,7 @@ class ModelRunner:
         self._kernels = CPUKernels(model)
         kinds, self.vocab_size = layer_kinds(model)
         self.kinds = kv_options.applied(kinds)
+        self.num_spare = kv_options.num_spare
         self.is_recurrent = any(kind.is_recurrent for kind in self.kinds)
         self._prefill_step_size = prefill_step_size
         self._prefix_cache_bytes = prefix_cache_bytes
@@ -255,15 +268,23 @@ class ModelRunner:
         """Tokens, pads included, of prompts that are prefilled together."""
         return max(self._prefill_step_size, _MIN_TOGETHER)
 
-    def memory_budget(self, num_bytes: int | None) -> MemoryBudget:
-        """What a run with this model may take, of `num_bytes` in all."""
-        parameters = tree_flatten(self._model.parameters())
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the model's parameters."""
+        return sum(array.nbytes for _, array in tree_flatten(self._model.parameters()))
+
+    def memory_budget(
+        self, num_bytes: int | None, beside: Sequence["ModelRunner"] = ()
+    ) -> MemoryBudget:
+        """What a run with this model may take, of `num_bytes` in all; `beside` have rows too."""
+        runners = [self, *beside]
         return MemoryBudget(
             num_bytes=num_bytes,
-            kinds=self.kinds,
-            weights_bytes=sum(array.nbytes for _, array in parameters),
+            kinds=[kind for runner in runners for kind in runner.kinds],
+            weights_bytes=sum(runner.weights_bytes for runner in runners),
             prefix_cache_bytes=self._prefix_cache_bytes,
             max_prefill_tokens=self.max_prefill_tokens,
+            num_spare=max(runner.num_spare for runner in runners),
         )
 
     def clear_prefix_cache(self) -> None:
@@ -295,8 +316,14 @@ class ModelRunner:
         self, token_ids: mx.array, positions: Sequence[int], adapters: Sequence[Adapter | None]
     ) -> mx.array:
         """Forwards one token per row, (B,), written at `positions`; logits (B, V)."""
-        self.caches.begin_step(positions)
-        return self._forward(token_ids[:, None], self.caches.layers, adapters)[:, -1]
+        return self.forward_rows(token_ids[:, None], positions, adapters)[:, -1]
+
+    def forward_rows(
+        self, token_ids: mx.array, positions: Sequence[int], adapters: Sequence[Adapter | None]
+    ) -> mx.array:
+        """Forwards tokens, (B, N), each row's written from its position on; logits (B, N, V)."""
+        self.caches.begin_step(positions, token_ids.shape[1])
+        return self._forward(token_ids, self.caches.layers, adapters)
 
     def _forward(
         self, token_ids: mx.array, caches: Sequence[Any], adapters: Sequence[Adapter | None]

@@ -67,6 +67,8 @@ class Sequence:
     raw_logprobs: list[float] = field(default_factory=list)
     processed_logprobs: list[float] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    num_drafted: int = 0
+    num_accepted: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: ErrorInfo | None = None
@@ -81,6 +83,11 @@ class Sequence:
     def position(self) -> int:
         """The column that the next forward of this row writes."""
         return len(self.request.prompt_token_ids) - 1 + self.num_launched
+
+    @property
+    def last_token_id(self) -> int:
+        """What the next forward of this row starts with, where everything launched is read."""
+        return self.token_ids[-1] if self.token_ids else self.request.prompt_token_ids[-1]
 
     @property
     def num_columns(self) -> int:
@@ -156,13 +163,15 @@ class Sequence:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             error=self.error,
+            num_drafted=self.num_drafted,
+            num_accepted=self.num_accepted,
             adapter=self.request.adapter,
             adapter_digest=None if self.adapter is None else self.adapter.digest,
             weight_versions=self._weight_versions(),
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SequenceFactory:
     """Makes the sequences of one engine."""
 

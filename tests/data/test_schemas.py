@@ -35,6 +35,8 @@ def test_the_result_columns_and_their_types() -> None:
         "prompt_logprobs": "list<item: float>",
         "finish_reason": "string",
         "stop_reason": "string",
+        "num_drafted": "int32",
+        "num_accepted": "int32",
         "temperature": "double",
         "seed": "int64",
         "model": "string",
