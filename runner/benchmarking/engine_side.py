@@ -16,6 +16,8 @@ from runner.types import Completion, Request, SamplingParams
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from runner.benchmarking.adapting import adapter_name
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -67,8 +69,12 @@ def requests(workload: Workload) -> Iterator[Request]:
             ignore_eos=True,
             seed=0,
         )
-        name = str(index)
-        yield Request(request_id=name, prompt_token_ids=prompt, params=params, key=name)
+        name, adapter = str(index), None
+        if workload.num_adapters:
+            adapter = adapter_name(index % workload.num_adapters)
+        yield Request(
+            request_id=name, prompt_token_ids=prompt, params=params, key=name, adapter=adapter
+        )
 
 
 def weights_bytes(llm: LLM) -> int:

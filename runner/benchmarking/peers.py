@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from runner.benchmarking import mlx_lm_side
+from runner.benchmarking.adapting import load_adapters
 from runner.benchmarking.child import Child
 from runner.benchmarking.drafting import with_earlier, without_drafts
 from runner.benchmarking.engine_side import Run, Runner, run_engine, timed
@@ -107,6 +108,8 @@ class Peers:
         llm, sides = self._llm, []
         ours = with_earlier(llm, self._options, workload) if workload.name == "previous" else llm
         sides.append(Side("runner", "runner", workload, partial(timed, ours, run_engine)))
+        if workload.num_adapters:
+            return sides + self._fewer_adapters(workload)
         if self._plain is not None:
             plain = partial(timed, self._plain, run_engine)
             sides.append(Side("plain", "without drafts", workload, plain))
@@ -122,6 +125,16 @@ class Peers:
             name = "batch-invariant"
             sides.append(Side("batch_invariant", name, workload, _engine(child)))
         return sides
+
+    def _fewer_adapters(self, workload: Workload) -> list[Side]:
+        """The same rows with one adapter for all, and with none: nobody else mixes them."""
+        load_adapters(self._llm, workload.num_adapters)
+        one, none = (replace(workload, num_adapters=count) for count in (1, 0))
+        run = partial(timed, self._llm, run_engine)
+        return [
+            Side("adapters", "one adapter", one, run),
+            Side("adapters", "no adapter", none, run),
+        ]
 
     def _stock(self, child: Child) -> Callable[[Workload], Run]:
         size = self._llm.engine.max_batch_size

@@ -26,6 +26,8 @@ class Workload:
     temperature: float
     is_one_by_one: bool = False
     """Whether each prompt waits until the one before it is done."""
+    num_adapters: int = 0
+    """Prompts use so many in turn; 0 for the model as it is."""
 
     @property
     def is_scored(self) -> bool:
@@ -81,6 +83,11 @@ def decode(tokenizer: Any) -> Workload:
     return Workload("decode", prompts, 1, [64] * len(prompts), 0.0)
 
 
+def adapters(tokenizer: Any) -> Workload:
+    """The prompts of `decode`, the rows of which use eight adapters in turn."""
+    return replace(decode(tokenizer), name="adapters", num_adapters=8)
+
+
 def score(tokenizer: Any) -> Workload:
     """48 HumanEval prompts with their solutions, scored."""
     rows = Dataset(path=_HUMAN_EVAL, prompt_column="prompt", limit=48)
@@ -128,6 +135,7 @@ WORKLOADS = {
     "group": group,
     "mixed": mixed,
     "decode": decode,
+    "adapters": adapters,
     "score": score,
     "copy": copy,
     "tail": tail,
