@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from runner.benchmarking.baseline import print_comparison, read_baseline
 from runner.benchmarking.engine_side import weights_bytes
@@ -90,6 +90,7 @@ def _check_names(option: str, given: Sequence[str], known: Sequence[str]) -> Non
 def _options(config: DictConfig) -> dict[str, Any]:
     """What an `LLM` is made with."""
     options = {str(key): value for key, value in (*config.model.items(), *config.engine.items())}
+    options |= {"speculative": OmegaConf.to_container(config.speculative)}
     return {"model": options.pop("path"), "seed": config.sampling.seed} | options
 
 

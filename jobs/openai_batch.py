@@ -19,6 +19,7 @@ from runner.identity import identity
 from runner.interrupt import Interrupt
 from runner.job import open_llm
 from runner.llm import LLM
+from runner.lora_options import LoraOptions
 from runner.models.load import Loader
 from runner.models.token_bytes import TokenBytes
 from runner.openai.errors import ApiError
@@ -46,9 +47,14 @@ def openai_batch(
     """
     plain = _plain(config)
     defaults = _defaults(plain)
+    lora = LoraOptions.of(plain["lora"])
+    if lora.is_mixed or lora.watch is not None:
+        what = "body.model names the adapter of a line, or lora.path that of all"
+        raise ParameterError(f"lora.column, sweep and watch mean nothing to openai_batch: {what}")
     error_rate = ErrorRate(plain["output"]["max_error_rate"])
     batch = BatchFile(plain["data"]["path"], urls=KNOWN_URLS)
-    results = BatchResults(Path(plain["output"]["dir"]), identity(plain, _DECIDING_GROUPS))
+    identified = identity(plain, _DECIDING_GROUPS) | lora.identity()
+    results = BatchResults(Path(plain["output"]["dir"]), identified)
     total, done = results.count(batch)
     if done == total:
         print(f"{results.directory} holds all {total} answers already.")
@@ -56,7 +62,7 @@ def openai_batch(
     llm = open_llm(config, load_model)
     llm.check(defaults)
     names = [*served_model_name, llm.loaded.name, llm.loaded.path, plain["model"]["path"]]
-    answerer = Answerer(llm, defaults, names, check_model=check_model)
+    answerer = Answerer(llm, defaults, names, check_model=check_model, adapter=lora.default)
     tracker = instantiate(config.tracker)
     try:
         results.start()
@@ -94,19 +100,30 @@ class Answerer:
     """Turns lines into requests to a model, and what the model says into answers."""
 
     def __init__(
-        self, llm: LLM, defaults: SamplingParams, names: Sequence[str], *, check_model: bool
+        self,
+        llm: LLM,
+        defaults: SamplingParams,
+        names: Sequence[str],
+        *,
+        check_model: bool,
+        adapter: str | None = None,
     ) -> None:
-        """`names` are those of the model; answers say the first."""
+        """`names` are those of the model; answers say the first, or the adapter that was asked.
+
+        `adapter` is that of lines which name none.
+        """
         self.llm = llm
         self._defaults = defaults
         self._names = names
         self._check_model = check_model
+        self._adapter = adapter
         self._token_bytes = TokenBytes(llm.tokenizer)
 
     def understand(self, line: BatchLine) -> ApiRequest:
         """What a line asks; raises `ApiError` where this model cannot be asked that."""
         request = parse_request(line.url, line.body, self._defaults)
-        is_other = request.model is not None and request.model not in self._names
+        known = {*self._names, *self.llm.adapters}
+        is_other = request.model is not None and request.model not in known
         if self._check_model and is_other:
             what = f"The model {request.model!r} does not exist; this one is {self._names[0]!r}."
             raise ApiError(what, code="model_not_found", param="model", status=404)
@@ -115,6 +132,10 @@ class Answerer:
         except ParameterError as error:
             raise parameter_error(error, {}) from error
         return request
+
+    def adapter_of(self, request: ApiRequest) -> str | None:
+        """The adapter that a request names as its model, or that of all."""
+        return request.model if request.model in self.llm.adapters else self._adapter
 
     def answer(self, done: _Open) -> tuple[dict[str, Any], int]:
         """The line of the output file or the error file, and the tokens it took."""
@@ -131,7 +152,7 @@ class Answerer:
                 done.request,
                 outputs,
                 name=_hex(done.line.id),
-                model=self._names[0],
+                model=self.adapter_of(done.request) or self._names[0],
                 created=int(time.time()),
                 token_bytes=self._token_bytes,
             )
@@ -198,7 +219,11 @@ class _Run:
         try:
             if isinstance(line, BatchLine):
                 request = self._answerer.understand(line)
-                asked = request.prompt_requests(name, key=f"custom_id/{line.custom_id}")
+                asked = request.prompt_requests(
+                    name,
+                    key=f"custom_id/{line.custom_id}",
+                    adapter=self._answerer.adapter_of(request),
+                )
                 opened.request = request
                 return asked
         except ApiError as error:

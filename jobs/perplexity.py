@@ -96,7 +96,12 @@ class _Run:
     def summarize(self, totals: Totals) -> dict[str, Any]:
         """What `summary.json` says of the results so far."""
         numbers = perplexity_numbers(totals.columns, self._definition)
-        return {"definition": self._definition.as_json(), "perplexity": numbers}
+        each = {
+            name: perplexity_numbers(columns, self._definition)
+            for name, columns in totals.by_adapter.items()
+        }
+        found = {"definition": self._definition.as_json(), "perplexity": numbers}
+        return found | ({"adapters": each} if each else {})
 
     def score(self) -> None:
         """Scores every document without a result; writes each as it is whole."""
@@ -122,7 +127,10 @@ class _Run:
             for row in self._context.rows()
         )
         if self._definition.mode == "concat":
-            yield list(documents)
+            of_adapter: dict[str | None, list[Document]] = {}
+            for document in documents:
+                of_adapter.setdefault(document.row.adapter, []).append(document)
+            yield from of_adapter.values()
         else:
             yield from ([document] for document in documents if document.is_wanted)
 

@@ -1,6 +1,6 @@
 """Scores of the data's texts, completions or choices: one result row for each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig
@@ -66,9 +66,15 @@ def _texts(
 
 
 def _accuracy(totals: Totals) -> dict[str, Any]:
-    """The share of answers that were chosen, by each way to choose, where there are answers."""
+    """The share of answers that were chosen, of all rows and of those of each adapter."""
+    each = {name: {"accuracy": _shares(it)} for name, it in totals.by_adapter.items()}
+    return {"accuracy": _shares(totals.columns)} | ({"adapters": each} if each else {})
+
+
+def _shares(columns: Mapping[str, Moments]) -> dict[str, Any] | None:
+    """The share by each way to choose, where there are answers."""
     found = {
-        name.removeprefix("_") or "raw": totals.columns.get(f"is_correct{name}", Moments())
+        name.removeprefix("_") or "raw": columns.get(f"is_correct{name}", Moments())
         for name in NORMALIZATIONS
     }
     shares = {
@@ -76,4 +82,4 @@ def _accuracy(totals: Totals) -> dict[str, Any]:
         for name, it in found.items()
         if it.count
     }
-    return {"accuracy": shares or None}
+    return shares or None

@@ -15,6 +15,9 @@ MULTIRUN = "hydra.mode=MULTIRUN"
 _TEXTS = ("data.prompt_template", "data.system_prompt", "reward.pattern")
 """Options whose value is free text, with braces, commas and quotes."""
 
+_ALIASES = {"speculative.from": "speculative.previous"}
+"""Options by a name that no field of a Python class can have."""
+
 
 @dataclass
 class Arguments:
@@ -64,7 +67,7 @@ def parse_arguments(
     parsed = _parser().parse_intermixed_args(argv)
     bare = [word for word in parsed.words if "=" not in word and word[:1] != "~"]
     job = next(iter(bare), None)
-    words = [f"job={job}" if word is job else word for word in parsed.words]
+    words = [f"job={job}" if word is job else _spelled(word) for word in parsed.words]
     place = None
     if option := positional.get(job or ""):
         words = [f"{option}={word}" if word in bare[1:2] else word for word in words]
@@ -81,6 +84,12 @@ def parse_arguments(
         flags=_hydra_flags(parsed),
         place=place,
     )
+
+
+def _spelled(word: str) -> str:
+    """A word with its option as the configuration names it."""
+    key, equals, value = word.partition("=")
+    return _ALIASES.get(key, key) + equals + value
 
 
 def _value(option: str, words: list[str]) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -18,6 +19,7 @@ import mlx.core as mx
 
 from runner.engine.engine import Engine
 from runner.engine.kv_options import KVOptions
+from runner.errors import ParameterError
 from runner.types import Request, SamplingParams
 
 SIZES = tuple(2**power for power in range(11))
@@ -44,6 +46,36 @@ class BatchSizeChoice:
         rates = ", ".join(f"{n}: {rate:.0f}" for n, rate in self.tokens_per_second.items())
         how = "measured before" if self.remembered else "measured now"
         return f"max_batch_size=auto: {self.max_batch_size} (tokens/s by rows, {how}: {rates})"
+
+
+def check_batch_size(value: object) -> None:
+    """Raises ParameterError for what is neither a number of rows nor auto."""
+    is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not is_size and value != "auto":
+        raise ParameterError(
+            f"max_batch_size={value!r} is not allowed: a whole number of at least 1, or auto"
+        )
+
+
+def settled_batch_size(
+    asked: int | str,
+    loaded: LoadedModel,
+    memory_budget: int | None,
+    kv_options: KVOptions,
+    *,
+    batch_invariant: bool,
+) -> tuple[int, BatchSizeChoice | None]:
+    """The number of rows; measured, said and returned as well where that was left to us."""
+    if not isinstance(asked, str):
+        return asked, None
+    choice = choose_batch_size(
+        loaded,
+        memory_budget=memory_budget,
+        kv_options=kv_options,
+        batch_invariant=batch_invariant,
+    )
+    print(choice, file=sys.stderr)
+    return choice.max_batch_size, choice
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,14 @@ from runner.errors import ParameterError
 from runner.llm import LLM
 from runner.scores import ScoredText, in_order_of_work
 
-_COLUMNS = ("prompt_token_ids", "completion_token_ids", "raw_logprobs")
+_COLUMNS = (
+    "prompt_token_ids",
+    "completion_token_ids",
+    "raw_logprobs",
+    "adapter",
+    "adapter_digest",
+    "weight_versions",
+)
 
 Place = tuple[bytes, str, int]
 """A digest of which result row it is, the file that it stands in, and where there."""
@@ -47,11 +54,13 @@ class Certificate:
         """Scores the chosen rows of the files `paths`, part files of results; None without any.
 
         The rows are chosen by digests of their names, so that it does not matter in which files
-        and in which order they stand. Only those chosen are held in memory.
+        and in which order they stand. Only those chosen are held in memory. One whose adapter
+        has been given another content since then is left out, and counted.
         """
-        rows = list(_read(heapq.nsmallest(self.num_rows, _places(paths))))
-        if not rows:
+        chosen = list(_read(heapq.nsmallest(self.num_rows, _places(paths))))
+        if not chosen:
             return None
+        rows = [row for row in chosen if _is_of_these_weights(row, llm)]
         # What is kept of prompts came of the forwards that are to be checked.
         llm.engine.clear_prefix_cache()
         ordered = in_order_of_work([_text(index, row) for index, row in enumerate(rows)])
@@ -62,14 +71,25 @@ class Certificate:
             score = texts[output.request_id].score(output)
             if score.error is None:
                 pairs.append((rows[score.index]["raw_logprobs"], score.logprobs))
-        counts = {"rows": len(pairs), "errors": len(rows) - len(pairs)}
+        counts = {
+            "rows": len(pairs),
+            "errors": len(rows) - len(pairs),
+            "of_other_weights": len(chosen) - len(rows),
+        }
         return counts | mismatch([np.array(pair, np.float64) for pair in pairs])
 
 
 def _text(index: int, row: dict[str, Any]) -> ScoredText:
     """What is scored again: the completion, in the context of its prompt."""
     prompt = row["prompt_token_ids"]
-    return ScoredText(index, 0, prompt + row["completion_token_ids"], len(prompt))
+    token_ids = prompt + row["completion_token_ids"]
+    return ScoredText(index, 0, token_ids, len(prompt), adapter=row["adapter"])
+
+
+def _is_of_these_weights(row: dict[str, Any], llm: LLM) -> bool:
+    """Whether the model, with what the row's adapter stands for now, gave all of its tokens."""
+    loaded = None if row["adapter"] is None else llm.adapters.get(row["adapter"])
+    return row["adapter_digest"] == loaded and len(row["weight_versions"] or ()) <= 1
 
 
 def _places(paths: Sequence[Path]) -> Iterator[Place]:
@@ -90,7 +110,9 @@ def _read(places: Sequence[Place]) -> Iterator[dict[str, Any]]:
     """What is compared of the rows in these places."""
     for path, group in groupby(sorted(places, key=lambda it: it[1:]), key=lambda it: it[1]):
         numbers = [number for _, _, number in group]
-        yield from _table(Path(path)).select(_COLUMNS).take(numbers).to_pylist()
+        table = _table(Path(path))
+        there = [column for column in _COLUMNS if column in table.schema.names]
+        yield from table.select(there).take(numbers).to_pylist()
 
 
 def _table(path: Path) -> pa.Table:

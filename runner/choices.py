@@ -90,7 +90,10 @@ class ScoreColumns:
             continuations = _continuations(row.row[column], column, one=self.choices_column is None)
             # As text where it is one: the tokens are then those of both together.
             given = (token_ids if row.prompt.text is None else row.prompt.text, continuations)
-        texts = [replace(text, index=index) for text in scored_texts([given], tokenizer)]
+        texts = [
+            replace(text, index=index, adapter=row.adapter)
+            for text in scored_texts([given], tokenizer)
+        ]
         answer = self._answer(row.row, continuations)
         return ScoredRow(row=row, texts=texts, continuations=continuations, answer=answer)
 

@@ -59,6 +59,59 @@ class EngineConfig:
 
 
 @dataclass
+class SpeculativeConfig:
+    """What is drafted ahead of the model (`speculative=`); results are the same with and without.
+
+    Options may be changed when a run is resumed.
+    """
+
+    proposers: list[str] = field(default_factory=list)
+    """Where drafts come from, in order, of ngram, previous and draft_model; a row takes the first
+    that has one. Empty drafts nothing."""
+    num_draft_tokens: int = 8
+    """Tokens drafted for a row at once at most, 1 to 32."""
+    gate: bool = True
+    """Drafts only where it is measured to be faster than plain decoding; false always drafts."""
+    ngram_min: int = 1
+    """Fewest last tokens of a row that are looked up in what came before, 1 to 16."""
+    ngram_max: int = 4
+    """Most of them; the longest run that came before counts."""
+    ngram_scope: str = "row"
+    """Where they are looked up: row (its prompt and completion), group (the other completions of
+    the prompt too), or job (finished rows as well)."""
+    # Not `from`, which no Python field can be named; the command line takes that as well.
+    previous: str | None = None
+    """Results of an earlier run, a directory or a merged file, of whose rows the same rows here are
+    drafted; speculative.from says the same."""
+    draft_model: str | None = None
+    """A model that drafts, named as in `model.path`; its vocabulary has to be the same."""
+
+
+@dataclass
+class LoraConfig:
+    """Adapters (`lora=`), as mlx-lm or PEFT write them: LoRA and DoRA. Changes results."""
+
+    path: str | None = None
+    """Directory of the adapter that all rows use; its name is the directory's."""
+    # Any: Hydra adds no key to a typed mapping.
+    adapters: Any = None
+    """Directories by name, as in {a: path, b: path}: rows of one batch use different ones."""
+    column: str | None = None
+    """Column with the name of each row's adapter; null there takes the model as it is."""
+    sweep: bool = False
+    """Runs every row with each of the adapters and with none, in one mixed batch."""
+    watch: str | None = None
+    """Directory that is an adapter or gets adapters, of which all rows use the newest: each new one
+    is taken in while the job runs. Rows record what they used; generate and rollout only."""
+    swap: str = "keep"
+    """With watch: keep lets rows in flight end with the adapter they began with; update lets them
+    go on under the new one."""
+    max_adapters: int = 8
+    """Adapters that rows of one batch use together, each with a copy in memory; more of them take
+    turns, and the one used least recently gives up its copy. Does not change what a row gets."""
+
+
+@dataclass
 class SamplingConfig:
     """How tokens are drawn (`sampling=`); see `runner.SamplingParams`."""
 
@@ -180,6 +233,8 @@ class Config:
     data: Any = MISSING
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     output: Any = MISSING
     reward: Any = None
     tracker: Any = None

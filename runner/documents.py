@@ -73,6 +73,7 @@ class Stream:
         self._definition = definition
         self._token_ids: list[int] = []
         self.documents = [document for document in documents if document.error is None]
+        self._adapter = self.documents[0].row.adapter if self.documents else None
         prefix = definition.prefix_token_id
         for document in self.documents:
             # llama.cpp tokenises all text at once, which is to have one prefix.
@@ -96,7 +97,7 @@ class Stream:
                 if self._definition.is_llama_cpp and self._definition.prefix_token_id is not None:
                     token_ids[0] = self._definition.prefix_token_id
                 num_context = window.first - window.start
-                yield ScoredText(self._index, number, token_ids, num_context)
+                yield ScoredText(self._index, number, token_ids, num_context, self._adapter)
 
     def take(self, score: Score) -> list[Document]:
         """Gives the scores of a window to its documents; those that are whole by that."""

@@ -5,10 +5,12 @@ RunnerError
 │   ├── ParameterError     an option has a value that is not allowed
 │   ├── DataError          the input rows cannot be read
 │   ├── ModelError         the model cannot be loaded, or its kind is not covered
+│   ├── AdapterError       an adapter cannot be read, or does not fit the model
 │   └── OutputError        the output directory cannot take these results
 ├── StoppedError           a run cannot go on now: one line, exit code 1, resumable
 └── RowError               one row cannot be done: a result row with `error`, the job goes on
     ├── PromptError        no prompt, no tokens, or more tokens than the context holds
+    ├── UnknownAdapterError  the row names an adapter that is not loaded
     └── RewardError        the reward function failed on this row
 """
 
@@ -33,6 +35,10 @@ class ModelError(UsageError):
     """The model cannot be loaded, or needs something that is not covered."""
 
 
+class AdapterError(UsageError, ValueError):
+    """An adapter cannot be read or does not fit the model; the message names the tensor."""
+
+
 class OutputError(UsageError):
     """The output directory cannot take these results."""
 
@@ -50,6 +56,10 @@ class RowError(RunnerError):
 
 class PromptError(RowError, ValueError):
     """A row has no usable prompt, or one that does not fit the context."""
+
+
+class UnknownAdapterError(RowError, ValueError):
+    """A row names an adapter that is not loaded; the message lists those that are."""
 
 
 class RewardError(RowError):

@@ -12,17 +12,20 @@ import pyarrow as pa
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from runner.adapter_watch import AdapterWatch
 from runner.certificate import Certificate
 from runner.data import Dataset, ResultWriter, WriteBehind, read_ahead
 from runner.data.durable import replace_file, stopping
 from runner.data.merge import Merged, merge
 from runner.data.schemas import ECHO_FIELDS, RESULT_FIELDS, passthrough_names, result_schema
+from runner.data.score_schemas import by_adapter
 from runner.data.summary import Totals
 from runner.engine.stats import EngineStats
 from runner.errors import ParameterError, StoppedError
 from runner.identity import identity
 from runner.interrupt import Interrupt
 from runner.llm import LLM
+from runner.lora_options import LoraOptions
 from runner.models.load import Loader
 from runner.report import print_report, summary
 from runner.result_rows import result_rows
@@ -55,7 +58,8 @@ class RunContext:
     prompts. With `is_corpus` the numbers
     are about all rows together, so that a run goes on with the same rows only. `retry_errors`
     does the rows with an error again; each stays until its replacement is committed. `load_model`
-    gives the model in place of reading its files.
+    gives the model in place of reading its files. `total` is how many rows there will be, where it
+    is not one for each of the input.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class RunContext:
         fields: Sequence[pa.Field] | None = None,
         is_corpus: bool = False,
         retry_errors: bool = False,
+        total: int | None = None,
         load_model: Loader | None = None,
     ) -> None:
         if not isinstance(retry_errors, bool):
@@ -72,13 +77,19 @@ class RunContext:
         self.config = config
         self.directory = Path(config.output.dir)
         self.params = _sampling_params(config)
+        if self.params.max_tokens == 0 and config.speculative.proposers:
+            given = f"speculative.proposers={list(config.speculative.proposers)}"
+            raise ParameterError(f"{given} is not allowed: this job samples nothing to draft")
         fields = fields or (ECHO_FIELDS if self.params.echo else RESULT_FIELDS)
         self.dataset: Dataset = instantiate(config.data)
+        self.lora = LoraOptions.of(_plain(config.lora))
+        self.lora.check_columns(self.dataset.columns)
+        fields = by_adapter(fields) if self.lora.is_mixed else fields
         prompt_builder(self.dataset)  # Refuses options that no row could have a prompt with.
         corpus = {"data.content": corpus_digest(self.dataset)} if is_corpus else {}
         self.writer: ResultWriter = instantiate(config.output)(
             schema=result_schema(self.dataset.schema, fields),
-            identity=identity(_plain(config), _DECIDING_GROUPS) | corpus,
+            identity=identity(_plain(config), _DECIDING_GROUPS) | self.lora.identity() | corpus,
             retry_errors=retry_errors,
         )
         self._tracker = instantiate(config.tracker)
@@ -93,6 +104,7 @@ class RunContext:
         self._interrupt = Interrupt()
         self._finished = False
         self._fingerprint = self.dataset.fingerprint
+        self._total = total
 
     @property
     def complete(self) -> bool:
@@ -117,6 +129,7 @@ class RunContext:
             if self.dataset.id_column is not None and self.dataset.is_local:
                 check_ids(self.dataset)
             self.llm = open_llm(self.config, self._load_model)
+            self._adapter_watch = self._started_watch()
             self.llm.check(self.params)
             self.on_loaded(self.llm)
             self._behind = WriteBehind(self.writer, committed=self._save_summary)
@@ -155,8 +168,34 @@ class RunContext:
 
     def run(self, requests: Iterable[PromptRequest | RequestOutput]) -> Iterator[RequestOutput]:
         """Runs requests of a job's own making, however many make a row."""
-        yield from self.llm.run(requests, interrupted=self._interrupt.is_requested)
+        yield from self.llm.run(requests, interrupted=self._after_step)
         self._finished = not self._interrupt.is_requested()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the run is to end after the current step."""
+        return self._interrupt.is_requested()
+
+    def count(self, output: RequestOutput) -> None:
+        """Shows a finished row to whoever watches; `outputs` does so by itself."""
+        self._watch.output(output)
+
+    def commit(self) -> None:
+        """Waits until all that was written is on disk for good."""
+        self._behind.commit()
+
+    def _started_watch(self) -> AdapterWatch | None:
+        if self.lora.watch is None or self.lora.default is None:
+            return None
+        watch = AdapterWatch(self.lora.watch, self.lora.default)
+        watch.start(self.llm)
+        return watch
+
+    def _after_step(self) -> bool:
+        """Whether the run is to end now; takes in a new adapter where one is watched for."""
+        if self._adapter_watch is not None:
+            self._adapter_watch.look(self.llm, self.lora.swap)
+        return self._interrupt.is_requested()
 
     def certify(self, certificate: Certificate) -> None:
         """Scores a sample of the results again, for `summary.json`, once every row is committed.
@@ -166,7 +205,7 @@ class RunContext:
         """
         if not self._finished:
             return
-        self._behind.finish()
+        self._behind.commit()
         with self._aside():
             found = certificate.numbers(
                 self.writer.part_paths, self.llm, interrupted=self._interrupt.is_requested
@@ -197,7 +236,9 @@ class RunContext:
     def write_scores(self, row: NamedRow, scores: Sequence[Mapping[str, Any]]) -> None:
         """Writes the result rows of one input row, which only has been scored."""
         shared = {self._names[name]: value for name, value in row.row.items()}
-        shared |= {"row_id": row.row_id, "model": self.llm.loaded.name}
+        shared |= {"row_id": row.row_id, "model": self.llm.loaded.name, "adapter": row.adapter}
+        if row.adapter in self.llm.adapters:
+            shared["adapter_digest"] = self.llm.adapters[row.adapter]
         self._behind.write([{**shared, **score} for score in scores])
         errors = [score["error"]["type"] for score in scores if score.get("error")]
         num_tokens = sum(score.get("num_scored") or 0 for score in scores)
@@ -217,8 +258,21 @@ class RunContext:
         }
         self._behind.write(result_rows(shared, output, scores))
 
+    @property
+    def _num_rows(self) -> int | None:
+        """Rows of the job: those of the input, each once for every adapter of a sweep."""
+        if self._total is not None:
+            return self._total
+        count = self.dataset.num_rows
+        return None if count is None else count * (1 + len(self.lora.adapters) * self.lora.sweep)
+
     def _rows(self) -> RowNamer:
-        return RowNamer(self.dataset, self.params, are_unique=self.dataset.is_local)
+        return RowNamer(
+            self.dataset,
+            self.params,
+            are_unique=self.dataset.is_local,
+            adapters=self.lora.of_row,
+        )
 
     def _requests(self, rows: Iterator[NamedRow]) -> Iterator[PromptRequest | RequestOutput]:
         """The rows that have no result yet; one without a usable prompt as its own output."""
@@ -229,10 +283,20 @@ class RunContext:
             self._in_flight[row_id] = named.row
             if named.prompt is None:
                 info = ErrorInfo(type(named.error).__name__, str(named.error))
-                yield RequestOutput(request_id=row_id, prompt=None, prompt_token_ids=[], error=info)
+                yield RequestOutput(
+                    request_id=row_id,
+                    prompt=None,
+                    prompt_token_ids=[],
+                    error=info,
+                    adapter=named.adapter,
+                )
             else:
                 yield PromptRequest(
-                    request_id=row_id, prompt=named.prompt, params=self.params, key=named.key
+                    request_id=row_id,
+                    prompt=named.prompt,
+                    params=self.params,
+                    key=named.key,
+                    adapter=named.adapter,
                 )
 
     def _save(self, name: str, text: str) -> None:
@@ -242,7 +306,7 @@ class RunContext:
     def _save_summary(self, state: State = "running") -> dict[str, Any]:
         """Tells of a commit, in the thread that made it."""
         seconds = time.monotonic() - self._started
-        numbers = summary(self.writer, self.llm, total=self.dataset.num_rows, seconds=seconds)
+        numbers = summary(self.writer, self.llm, total=self._num_rows, seconds=seconds)
         numbers |= {"state": state} | dict(self.summarize(self.writer.totals)) | self._certified
         self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
         reward = numbers["reward"]
@@ -265,7 +329,7 @@ class RunContext:
         return Watch(
             self.directory,
             public_options(_plain(self.config)),
-            total=self.dataset.num_rows,
+            total=self._num_rows,
             done=len(self.writer.done_rows),
             tracker=self._tracker,
             model={"name": loaded.name, "dtype": loaded.dtype, "blas": loaded.blas.name},
@@ -288,12 +352,22 @@ class RunContext:
 
 
 def open_llm(config: DictConfig, load_model: Loader | None = None) -> LLM:
-    """The `LLM` that a configuration describes, its model read from files or as it is given."""
+    """The `LLM` that a configuration describes, with its adapters.
+
+    Its model is read from files, or given by `load_model`.
+    """
     model, engine = _plain(config.model), _plain(config.engine)
-    path, seed = model.pop("path"), config.sampling.seed
+    lora = LoraOptions.of(_plain(config.lora))
+    engine |= {"seed": config.sampling.seed or 0, "max_adapters": lora.max_adapters}
+    engine["speculative"] = _plain(config.speculative)
+    path = model.pop("path")
     if load_model is None:
-        return LLM(path, seed=seed, **model, **engine)
-    return LLM(load_model(path, **model), seed=seed, **engine)
+        llm = LLM(path, **model, **engine)
+    else:
+        llm = LLM(load_model(path, **model), **engine)
+    for name, directory in lora.paths.items():
+        llm.load_adapter(name, directory)
+    return llm
 
 
 def print_merged(merged: Merged) -> None:

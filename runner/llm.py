@@ -1,27 +1,29 @@
 """`LLM`: text in, text out; joins a model, its tokenizer and the engine."""
 
-import sys
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from runner.models.load import LoadedModel, load_model  # First: it loads the BLAS, then mlx.
+from runner.models.load import LoadedModel, loaded_model  # First: it loads the BLAS, then mlx.
 
 # isort: split
-from runner.batch_size import BatchSizeChoice, choose_batch_size
+from runner.batch_size import check_batch_size, settled_batch_size
 from runner.device_memory import default_memory_budget, parse_bytes
+from runner.engine.adapters import SwapMode
 from runner.engine.engine import Engine
 from runner.engine.invariance import check_batch_invariance
 from runner.engine.kv_options import KVOptions
 from runner.errors import ParameterError, PromptError, RowError
+from runner.models.adapters import adapter_weights
+from runner.models.new_weights import exchange_weights, read_new_weights
 from runner.progress import Progress
-from runner.prompts import encode_bad_words, encode_prompt, prompt_digest
+from runner.prompt_requests import PromptLike, adapter_names, as_prompt, prompt_requests
+from runner.prompts import encode_bad_words, encode_prompt
 from runner.scores import ScoreInput, in_order_of_work, scored_texts
+from runner.speculative import SpeculativeOptions
 from runner.texts import Texts
 from runner.types import (
     Completion,
@@ -34,9 +36,6 @@ from runner.types import (
     SamplingParams,
     Score,
 )
-
-PromptLike: TypeAlias = str | Mapping[str, Any]
-"""A text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`."""
 
 
 @dataclass(slots=True)
@@ -70,38 +69,39 @@ class LLM:
         quantized_kv_start: int = 0,
         max_kv_size: int | None = None,
         batch_invariant: bool = False,
+        speculative: str | Mapping[str, Any] | None = None,
+        max_adapters: int = 8,
         seed: int = 0,
     ) -> None:
-        """Loads a model; `ModelConfig` and `EngineConfig` in `runner.config` say what each is.
+        """Loads a model; `ModelConfig`, `EngineConfig` and `SpeculativeConfig` say what each is.
 
-        Raises:
-            ModelError: the model cannot be loaded, or the engine does not cover its kind.
-            ParameterError: an option has a value that is not allowed.
+        Raises ModelError where the model cannot be loaded or its kind is not covered, and
+        ParameterError where an option has a value that is not allowed.
         """
-        _check_batch_size(max_batch_size)
+        check_batch_size(max_batch_size)
+        drafting = SpeculativeOptions.of(speculative)
         budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
-        if not isinstance(model, LoadedModel):
-            model = load_model(
-                str(model), revision=revision, dtype=dtype, max_model_len=max_model_len
-            )
-        if model.blas.warning is not None:
-            warnings.warn(model.blas.warning, stacklevel=2)
+        model = loaded_model(model, revision=revision, dtype=dtype, max_model_len=max_model_len)
         self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
-        self.seed = seed
-        self._texts = Texts(model.tokenizer)
+        self.seed, self._texts = seed, Texts(model.tokenizer)
         budget = default_memory_budget() if budget is None else budget
         kv_options = KVOptions(
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
             quantized_kv_start=quantized_kv_start,
             max_kv_size=max_kv_size,
+            num_spare=drafting.num_spare(batch_invariant=batch_invariant),
         )
-        size = self._settled_batch_size(max_batch_size, budget, kv_options, batch_invariant)
+        size, self.batch_size_choice = settled_batch_size(
+            max_batch_size, model, budget, kv_options, batch_invariant=batch_invariant
+        )
         make_engine = partial(
             Engine,
             model.model,
             memory_budget=budget,
+            prefill_step_size=prefill_step_size,
             prefix_cache_bytes=prefix_cache_bytes,
+            max_adapters=max_adapters,
             kv_options=kv_options,
             max_model_len=model.max_model_len,
             eos_token_ids=model.tokenizer.eos_token_ids,
@@ -109,26 +109,9 @@ class LLM:
         )
         if batch_invariant:
             check_batch_invariance(make_engine, max_batch_size=size)
-        self.engine = make_engine(max_batch_size=size, prefill_step_size=prefill_step_size)
+        self.engine = make_engine(max_batch_size=size, speculation=drafting.built(model))
         self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
-        self._num_calls = 0
-        self._pending: dict[str, _Pending] = {}
-
-    def _settled_batch_size(
-        self, asked: int | str, budget: int, kv_options: KVOptions, batch_invariant: bool
-    ) -> int:
-        """The number of rows, measured and said where it was left to us."""
-        self.batch_size_choice: BatchSizeChoice | None = None
-        if not isinstance(asked, str):
-            return asked
-        self.batch_size_choice = choose_batch_size(
-            self.loaded,
-            memory_budget=budget,
-            kv_options=kv_options,
-            batch_invariant=batch_invariant,
-        )
-        print(self.batch_size_choice, file=sys.stderr)
-        return self.batch_size_choice.max_batch_size
+        self._num_calls, self._pending = 0, dict[str, _Pending]()
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, by the name that vLLM gives this."""
@@ -139,35 +122,41 @@ class LLM:
         prompts: PromptLike | Sequence[PromptLike],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | None | Sequence[str | None] = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes each prompt; returns the outputs in the order of the prompts.
 
         Without `SamplingParams.seed` every call draws anew, and a script draws the same again;
-        with it, a call repeated gives the same.
+        with it, a call repeated gives the same. `adapter` names a loaded adapter for all prompts,
+        or one or None for each in a list.
 
         Raises:
-            PromptError: a prompt is empty or does not fit the context.
+            PromptError: a prompt is empty or does not fit the context, or its adapter is unknown.
         """
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        return self._run_in_order([_as_prompt(p) for p in listed], sampling_params, use_tqdm)
+        asked = self._requests([as_prompt(p) for p in listed], sampling_params, adapter)
+        return self._run_in_order(asked, use_tqdm)
 
     def as_completed(
         self,
         prompts: Sequence[PromptLike],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None | Sequence[str | None] = None,
     ) -> Iterator[RequestOutput]:
         """Completes each prompt; yields outputs as they finish, `request_id` the prompt's place.
 
         A prompt that cannot be run comes out with `error` set, and the others go on.
         """
-        return self.run(self._requests([_as_prompt(p) for p in prompts], sampling_params))
+        return self.run(self._requests([as_prompt(p) for p in prompts], sampling_params, adapter))
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | None | Sequence[str | None] = None,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
@@ -179,7 +168,7 @@ class LLM:
         options = dict(chat_template_kwargs or {})
         listed: list[Any] = [messages] if one else list(messages)
         prompts = [Prompt(messages=list(m), chat_template_kwargs=options) for m in listed]
-        return self._run_in_order(prompts, sampling_params, use_tqdm)
+        return self._run_in_order(self._requests(prompts, sampling_params, adapter), use_tqdm)
 
     def score(
         self,
@@ -187,18 +176,22 @@ class LLM:
         *,
         top_logprobs: int = 0,
         entropy: bool = False,
+        adapter: str | None | Sequence[str | None] = None,
         use_tqdm: bool = True,
     ) -> list[Score]:
         """Log-probabilities of given texts in the model's own distribution, float32.
 
         An input is a text, a list of token ids, or a tuple (context, continuation) of which the
         continuation alone is scored; a list of continuations gives a score for each. The scores are
-        in the order of the inputs. `top_logprobs` alternatives come with each token, 0 to 100.
+        in the order of the inputs. `top_logprobs` alternatives come with each token, 0 to 100;
+        `adapter` is as in `generate`.
 
         Raises:
             PromptError: a text is empty, or does not fit the context.
         """
-        scores = self.score_as_completed(inputs, top_logprobs=top_logprobs, entropy=entropy)
+        scores = self.score_as_completed(
+            inputs, top_logprobs=top_logprobs, entropy=entropy, adapter=adapter
+        )
         done: list[Score] = []
         with Progress(None, enabled=use_tqdm) as progress:
             for score in scores:
@@ -209,7 +202,12 @@ class LLM:
         return sorted(done, key=lambda score: (score.index, score.choice))
 
     def score_as_completed(
-        self, inputs: Sequence[ScoreInput], *, top_logprobs: int = 0, entropy: bool = False
+        self,
+        inputs: Sequence[ScoreInput],
+        *,
+        top_logprobs: int = 0,
+        entropy: bool = False,
+        adapter: str | None | Sequence[str | None] = None,
     ) -> Iterator[Score]:
         """Like `score`, but yields each score as it is there, longest texts first.
 
@@ -219,7 +217,11 @@ class LLM:
             raise ParameterError(f"top_logprobs={top_logprobs} is not allowed: 0 to 100")
         texts = in_order_of_work(scored_texts(inputs, self.tokenizer))
         by_id = {text.request_id: text for text in texts}
-        requests = (text.request(num_top=top_logprobs, entropy=entropy) for text in texts)
+        names = adapter_names(adapter, len(inputs))
+        requests = (
+            replace(text, adapter=names[text.index]).request(num_top=top_logprobs, entropy=entropy)
+            for text in texts
+        )
         return (by_id[output.request_id].score(output) for output in self.run(requests))
 
     def run(
@@ -254,19 +256,58 @@ class LLM:
             raise
         self._abort_pending()
 
+    @property
+    def weight_version(self) -> int:
+        """Counts the changes of weights: 0 before the first adapter, see `Completion`."""
+        return self.engine.adapters.weight_version
+
+    def load_adapter(
+        self,
+        name: str,
+        path: str | Path | None = None,
+        *,
+        arrays: Mapping[str, Any] | None = None,
+        scale: float | None = None,
+        mode: SwapMode = "keep",
+    ) -> int:
+        """Lets `name` stand for an adapter from the next step on; returns the weight version.
+
+        The adapter is a directory as mlx-lm or PEFT write it, or `arrays` by the names that either
+        gives them with their `scale` (PEFT: alpha / r). It is read and checked aside. A name that
+        is taken gets the new content: rows in flight end with the old one (mode keep) or go on
+        under the new one (update), and each says which version gave which tokens.
+
+        Raises:
+            AdapterError: it cannot be read or does not fit; what the name stood for serves on.
+        """
+        return self.engine.load_adapter(name, adapter_weights(path, arrays, scale), mode=mode)
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters that are loaded: the digest of each one's content, by name."""
+        loaded = self.engine.adapters
+        return {name: loaded.digest(name) for name in loaded.names}
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; rows in flight end with it, and requests that wait for it fail."""
+        self.engine.unload_adapter(name)
+
+    def update_weights(self, path: str | Path) -> int:
+        """Gives the model other weights, the safetensors of a directory, between two steps.
+
+        They are read and checked aside. Rows in flight go on under them; adapters stay loaded.
+        Returns the weight version. Raises ModelError; the weights of before serve on.
+        """
+        exchange_weights(self.model, read_new_weights(self.model, path))
+        return self.engine.weights_changed()
+
     def check(self, params: SamplingParams) -> None:
         """Raises ParameterError where no request can be sampled as `params` say."""
-        self.engine.check_params(params, self._bad_words_token_ids(params))
+        self.engine.admission.check_params(params, self._bad_words_token_ids(params))
 
-    def _run_in_order(
-        self,
-        prompts: list[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
-        requests = self._requests(prompts, sampling_params)
+    def _run_in_order(self, requests: list[PromptRequest], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
-        with Progress(len(prompts), enabled=use_tqdm) as progress:
+        with Progress(len(requests), enabled=use_tqdm) as progress:
             for output in self.run(requests):
                 if output.error is not None:
                     raise PromptError(f"prompt {output.request_id}: {output.error.message}")
@@ -278,26 +319,10 @@ class LLM:
         self,
         prompts: list[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | None | Sequence[str | None],
     ) -> list[PromptRequest]:
-        """Requests named by their place; a repeated prompt is told apart by its occurrence."""
         self._num_calls += 1
-        given = sampling_params or SamplingParams()
-        params = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
-        if len(params) != len(prompts):
-            raise ParameterError(
-                f"sampling_params has {len(params)} entries for {len(prompts)} prompts"
-            )
-        seen: Counter[str] = Counter()
-        requests = []
-        for index, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-            digest = prompt_digest(prompt)
-            call = f"call {self._num_calls}/" if one.seed is None else ""
-            key = f"{call}{digest}/{seen[digest]}"
-            seen[digest] += 1
-            requests.append(
-                PromptRequest(request_id=str(index), prompt=prompt, params=one, key=key)
-            )
-        return requests
+        return prompt_requests(prompts, sampling_params, call=self._num_calls, adapter=adapter)
 
     def _start(self, request: PromptRequest | RequestOutput) -> RequestOutput | None:
         """Hands a request to the engine; the output of one that cannot be run."""
@@ -305,35 +330,34 @@ class LLM:
             return request
         if request.request_id in self._pending:
             raise ValueError(f"request id {request.request_id!r} is in flight already")
-        text, token_ids = request.prompt.text, list(request.prompt.token_ids or ())
         params = request.params
         if params.seed is None or params.echo:
             seed = self.seed if params.seed is None else params.seed
             asked = params.num_prompt_logprobs
             params = replace(params, seed=seed, prompt_logprobs=asked, echo=False)
+        output = RequestOutput(
+            request_id=request.request_id,
+            prompt=request.prompt.text,
+            prompt_token_ids=list(request.prompt.token_ids or ()),
+            adapter=request.adapter,
+        )
         try:
-            text, token_ids = encode_prompt(request.prompt, self.tokenizer)
+            output.prompt, output.prompt_token_ids = encode_prompt(request.prompt, self.tokenizer)
             self.engine.add(
                 Request(
                     request_id=request.request_id,
-                    prompt_token_ids=token_ids,
+                    prompt_token_ids=output.prompt_token_ids,
                     params=params,
                     key=request.key,
                     bad_words_token_ids=self._bad_words_token_ids(params),
                     logprobs_start=request.logprobs_start,
                     prompt_entropy=request.prompt_entropy,
+                    adapter=request.adapter,
                 )
             )
         except RowError as error:
-            return RequestOutput(
-                request_id=request.request_id,
-                prompt=text,
-                prompt_token_ids=token_ids,
-                error=ErrorInfo(type(error).__name__, str(error)),
-            )
-        output = RequestOutput(
-            request_id=request.request_id, prompt=text, prompt_token_ids=token_ids
-        )
+            output.error = ErrorInfo(type(error).__name__, str(error))
+            return output
         self._pending[request.request_id] = _Pending(request, output)
         return None
 
@@ -370,24 +394,3 @@ class LLM:
         self._pending.clear()
         while self.engine.has_unfinished:
             self.engine.step()
-
-
-def _check_batch_size(value: object) -> None:
-    is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if not is_size and value != "auto":
-        raise ParameterError(
-            f"max_batch_size={value!r} is not allowed: a whole number of at least 1, or auto"
-        )
-
-
-def _as_prompt(prompt: PromptLike) -> Prompt:
-    if isinstance(prompt, str):
-        return Prompt(text=prompt)
-    if set(prompt) == {"prompt_token_ids"}:
-        return Prompt(token_ids=list(prompt["prompt_token_ids"]))
-    if set(prompt) == {"prompt"}:
-        return Prompt(text=prompt["prompt"])
-    raise ParameterError(
-        f"a prompt has the keys {sorted(prompt)}: it is a str, "
-        "{'prompt': str} or {'prompt_token_ids': [int]}"
-    )

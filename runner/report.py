@@ -38,6 +38,7 @@ def summary(writer: ResultWriter, llm: LLM, *, total: int | None, seconds: float
             "max_batch_size": llm.engine.max_batch_size,
             "max_batch_size_auto": _auto(llm),
             "batch_halvings": stats.num_halvings,
+            "speculative": _speculative(llm),
             "memory_budget_bytes": llm.engine.memory.num_bytes,
             "peak_memory_bytes": _peak_memory(),
             "peak_mlx_memory_bytes": mx.get_peak_memory(),
@@ -63,6 +64,12 @@ def _versions() -> dict[str, str]:
 def _auto(llm: LLM) -> dict[str, Any] | None:
     """What max_batch_size=auto chose and why; None where a number was given."""
     return None if llm.batch_size_choice is None else asdict(llm.batch_size_choice)
+
+
+def _speculative(llm: LLM) -> dict[str, Any] | None:
+    """What was drafted and what came of it; None where nothing is."""
+    speculation = llm.engine.speculation
+    return None if speculation is None else speculation.report()
 
 
 def _peak_memory() -> int:
@@ -107,6 +114,14 @@ def _shown(number: float | None) -> str:
     return "not finite" if number is None else f"{number:.4f}"
 
 
+def _drafts_line(drafts: dict[str, Any]) -> str:
+    if not drafts["num_drafted"]:
+        return "none that looked worth a try"
+    share, speedup = drafts["acceptance_rate"], drafts["speedup_estimate"]
+    rate = f"{drafts['num_drafted']} tokens drafted, {share:.0%} accepted"
+    return rate if speedup is None else f"{rate}: {speedup:.2f} times as fast"
+
+
 def print_report(numbers: dict[str, Any], directory: Path) -> None:
     """Prints the table, at most 80 columns wide, and how to read the results."""
     run, reward = numbers["run"], numbers["reward"]
@@ -128,6 +143,8 @@ def print_report(numbers: dict[str, Any], directory: Path) -> None:
         lines["rows"] = lines["rows"].replace("samples", "result rows")
     elif run["scored_tokens"]:
         lines["scored"] = f"{run['scored_tokens']} tokens of the prompts"
+    if drafts := run["speculative"]:
+        lines["drafts"] = _drafts_line(drafts)
     if run["batch_halvings"]:
         lines["batch"] = f"{run['max_batch_size']} rows in the end: memory ran out before"
     if found := numbers.get("certificate"):

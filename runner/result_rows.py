@@ -22,6 +22,7 @@ def result_rows(
         "group_id": output.request_id,
         "prompt": output.prompt,
         "prompt_token_ids": output.prompt_token_ids,
+        "adapter": output.adapter,
         "prompt_logprobs": scored.with_nulls() if scored is not None else None,
     }
     if output.error is not None:
@@ -41,6 +42,10 @@ def _sample_columns(sample: Completion) -> dict[str, Any]:
         "logprobs": sample.processed_logprobs,
         "raw_logprobs": sample.raw_logprobs,
         "finish_reason": sample.finish_reason,
+        "num_drafted": sample.num_drafted,
+        "num_accepted": sample.num_accepted,
+        "adapter_digest": sample.adapter_digest,
+        "weight_versions": [asdict(span) for span in sample.weight_versions],
         "stop_reason": None if sample.stop_reason is None else str(sample.stop_reason),
     }
     if sample.echoed is not None:

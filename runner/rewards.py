@@ -78,6 +78,11 @@ def regex_match(text: str, row: Row, *, pattern: str, answer_column: str | None 
     return float(found is not None and (found[1] or "").strip() == answer)
 
 
+def word_limit(text: str, row: Row, *, most: int = 4) -> float:
+    """Returns 1 where the completion has a word, and at most `most` of them."""
+    return float(1 <= len(text.split()) <= most)
+
+
 def group_advantages(
     rewards: Sequence[float | None], *, normalize: bool = True, epsilon: float = 1e-4
 ) -> list[float | None]:

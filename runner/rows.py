@@ -1,7 +1,7 @@
 """The identity of an input row: what it holds and how it is sampled, never its place."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -25,6 +25,8 @@ class NamedRow:
     """Decides its random draws, so that they are the same at any temperature."""
     prompt: Prompt | None
     error: PromptError | None = None
+    adapter: str | None = None
+    """The name of the adapter that it is run with."""
 
 
 class RowNamer:
@@ -33,14 +35,23 @@ class RowNamer:
     The digest covers every column, the prompt made of them and the sampling parameters that are
     not the default. So rows that are inserted, removed or reordered change the name of no other
     row: two rows that share a name but for the occurrence are alike in everything. A row whose
-    columns change is another row. Without `are_unique`, ids are checked as they come.
+    columns change is another row. `adapters` says which a row is run with, by name: each of
+    several makes a row, the name behind an @. Without `are_unique`, ids are checked as they come.
     """
 
-    def __init__(self, dataset: Dataset, params: SamplingParams, *, are_unique: bool) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        params: SamplingParams,
+        *,
+        are_unique: bool,
+        adapters: Callable[[Row], Sequence[str | None]] = lambda row: [None],
+    ) -> None:
         self._dataset = dataset
         self._prompts = prompt_builder(dataset)
         self._params = _json(_deciding(params)).encode()
         self._are_unique = are_unique
+        self._adapters = adapters
 
     def __iter__(self) -> Iterator[NamedRow]:
         """Reads the data from the start; raises DataError where an id does not name one row."""
@@ -53,7 +64,13 @@ class RowNamer:
             except PromptError as failure:
                 error = failure
             row_id, key = self._names(number, row, prompt, seen)
-            yield NamedRow(row=row, row_id=row_id, key=key, prompt=prompt, error=error)
+            names = self._adapters(row)
+            for name in names:
+                # A row that is run with several adapters draws alike with each of them.
+                own_id = row_id if len(names) == 1 else f"{row_id}@{name or ''}"
+                yield NamedRow(
+                    row=row, row_id=own_id, key=key, prompt=prompt, error=error, adapter=name
+                )
 
     def _names(
         self, number: int, row: Row, prompt: Prompt | None, seen: DigestCounts

@@ -29,6 +29,8 @@ class ScoredText:
     choice: int
     token_ids: list[int]
     num_context: int
+    adapter: str | None = None
+    """The name of the adapter that it is scored with."""
 
     @property
     def request_id(self) -> str:
@@ -57,6 +59,7 @@ class ScoredText:
             key=self.request_id,
             logprobs_start=max(1, self.num_context),
             prompt_entropy=entropy,
+            adapter=self.adapter,
         )
 
     def score(self, output: RequestOutput) -> Score:

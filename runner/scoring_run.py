@@ -27,6 +27,9 @@ def check_nothing_sampled(config: DictConfig, params: SamplingParams) -> None:
         if value != getattr(_NOTHING_SAMPLED, field.name):
             what = "this job scores what is there and samples nothing; leave it out"
             raise ParameterError(f"sampling.{field.name}={value} is not allowed: {what}")
+    if config.lora.watch is not None:
+        what = "what is scored is to be of one content; give lora.path"
+        raise ParameterError(f"lora.watch={config.lora.watch} is not allowed: {what}")
     if config.reward is not None:
         raise ParameterError("reward is not allowed: this job scores texts and rewards nothing")
 

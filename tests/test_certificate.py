@@ -183,3 +183,21 @@ def test_an_interrupt_ends_it(llm, tmp_path):
     paths = written(tmp_path, sampled(llm, ["a", "b"]))
     found = Certificate(2).numbers(paths, llm, interrupted=lambda: True)
     assert found is not None and found["rows"] == 0 and not llm.engine.has_unfinished
+
+
+def test_rows_of_weights_that_are_gone_are_left_out_and_counted(llm, tmp_path):
+    rows = sampled(llm, ["one", "two"])
+    gone = rows[0] | {"row_id": "gone", "adapter": "gone", "adapter_digest": "0"}
+    swapped = rows[1] | {
+        "row_id": "swapped",
+        "weight_versions": [
+            {"version": 0, "start": 0, "end": 4},
+            {"version": 1, "start": 4, "end": 9},
+        ],
+    }
+    found = Certificate(8).numbers(
+        written(tmp_path, [*rows, gone, swapped]), llm, interrupted=lambda: False
+    )
+    assert found is not None
+    assert (found["rows"], found["of_other_weights"], found["errors"]) == (2, 2, 0)
+    assert found["max_difference"] < 1e-4

@@ -8,12 +8,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
-    {"types", "errors", "config"},
+    {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "run_log", "text_offsets", "trackers"},
-    {"batch_size", "identity", "openai", "status", "texts", "watch"},
+    {"batch_size", "earlier_results", "identity", "lora_options", "openai", "prompt_requests"}
+    | {"status", "texts", "training", "watch"},
+    {"speculative"},
     {"llm"},
-    {"certificate", "report", "result_rows", "rows", "server", "benchmarking", "perplexity"},
+    {"certificate", "report", "adapter_watch", "result_rows", "rows", "server", "benchmarking"}
+    | {"perplexity"},
     {"job", "documents", "choices"},
     {"scoring_run", "sweeps"},
     {"jobs"},

@@ -48,6 +48,8 @@ def make_engine(model: nn.Module, **options: Any) -> Engine:
     """An engine with the tiny model's end of sequence; takes the options of `KVOptions` as well."""
     names = {field.name for field in fields(KVOptions)} & options.keys()
     kv_options = KVOptions(**{name: options.pop(name) for name in names})
+    if speculation := options.get("speculation"):
+        kv_options = kv_options.with_spare(speculation.num_draft_tokens)
     given = {"eos_token_ids": [EOS], "max_model_len": 256, "kv_options": kv_options} | options
     return Engine(model, **given)
 
@@ -59,6 +61,7 @@ def request(
     bad_words_token_ids: Sequence[Sequence[int]] = (),
     logprobs_start: int = 1,
     prompt_entropy: bool = False,
+    adapter: str | None = None,
     **params: Any,
 ) -> Request:
     """A request whose key is its id, with seed 0, unless said otherwise."""
@@ -70,6 +73,7 @@ def request(
         bad_words_token_ids=bad_words_token_ids,
         logprobs_start=logprobs_start,
         prompt_entropy=prompt_entropy,
+        adapter=adapter,
     )
 
 

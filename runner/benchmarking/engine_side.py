@@ -36,11 +36,19 @@ Runner = Callable[[LLM, Workload], Run]
 def run_engine(llm: LLM, workload: Workload) -> Run:
     """The workload on this package's engine."""
     num_tokens = cache_bytes = 0
-    for completion in llm.engine.run(_requests(workload)):
+    for completion in _completions(llm, workload):
         num_tokens += _num_tokens(completion)
         # The slots that are empty at the end are given up before it.
         cache_bytes = max(cache_bytes, llm.engine.cache_bytes)
     return Run(num_tokens, cache_bytes=cache_bytes)
+
+
+def _completions(llm: LLM, workload: Workload) -> Iterator[Completion]:
+    if not workload.is_one_by_one:
+        yield from llm.engine.run(requests(workload))
+        return
+    for request in requests(workload):
+        yield from llm.engine.run([request])
 
 
 def _num_tokens(completion: Completion) -> int:
@@ -48,7 +56,8 @@ def _num_tokens(completion: Completion) -> int:
     return len(completion.token_ids if scored is None else scored.logprobs)
 
 
-def _requests(workload: Workload) -> Iterator[Request]:
+def requests(workload: Workload) -> Iterator[Request]:
+    """What the engine is asked; a request is named by its place."""
     for index, (prompt, most) in enumerate(zip(workload.prompts, workload.max_tokens, strict=True)):
         params = SamplingParams(
             n=workload.n,

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from runner.benchmarking import mlx_lm_side
 from runner.benchmarking.child import Child
+from runner.benchmarking.drafting import with_earlier, without_drafts
 from runner.benchmarking.engine_side import Run, Runner, run_engine, timed
 from runner.benchmarking.processes import batch_invariant_engine, stock_mlx_lm
 from runner.data.workloads import Workload
@@ -18,7 +19,7 @@ from runner.engine.cpu_kernels import CPUKernels
 from runner.engine.cpu_math import on_cpu
 from runner.llm import LLM
 
-COMPARED = ("mlx_lm", "stock", "batch_invariant")
+COMPARED = ("mlx_lm", "stock", "batch_invariant", "plain")
 """What `job.compare` may name."""
 
 
@@ -89,6 +90,8 @@ class Peers:
         self._llm = llm
         self._stock_rows = stock_rows
         self._compare = compare
+        self._options = options
+        self._plain = without_drafts(llm, options) if "plain" in compare else None
         self._children: dict[str, Child] = {}
         with ExitStack() as stack:
             if "stock" in compare:
@@ -102,7 +105,12 @@ class Peers:
     def sides(self, workload: Workload) -> list[Side]:
         """The engine, then each of its peers."""
         llm, sides = self._llm, []
-        runners: list[tuple[str, str, Runner]] = [("runner", "runner", run_engine)]
+        ours = with_earlier(llm, self._options, workload) if workload.name == "previous" else llm
+        sides.append(Side("runner", "runner", workload, partial(timed, ours, run_engine)))
+        if self._plain is not None:
+            plain = partial(timed, self._plain, run_engine)
+            sides.append(Side("plain", "without drafts", workload, plain))
+        runners: list[tuple[str, str, Runner]] = []
         if "mlx_lm" in self._compare:
             runners += [("mlx_lm", name, run) for name, run in _in_process(workload)]
         for kind, name, run in runners:

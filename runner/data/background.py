@@ -73,6 +73,7 @@ class WriteBehind:
         self._writer = writer
         self._committed = committed
         self._groups: queue.Queue[Sequence[Mapping[str, Any]] | None] = queue.Queue(depth)
+        self._wants_commit = threading.Event()
         self._failure: BaseException | None = None
         self._is_raised = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -87,27 +88,25 @@ class WriteBehind:
         self._raise()
         self._groups.put(rows)
 
-    def finish(self) -> None:
-        """Writes and commits what was taken, and ends the thread: nothing is to be written after.
+    def commit(self) -> None:
+        """Waits until everything that was taken is committed, also what is not due yet.
 
         A failure of the thread is raised once, here or by `write` or `close`.
         """
-        self._end()
+        self._wants_commit.set()
+        self._groups.put(())
+        self._groups.join()
         self._raise()
-        self._writer.commit()
 
     def close(self, *, complete: bool, input: Any = None) -> None:
         """Writes what was taken, ends the thread and closes the writer."""
-        self._end()
+        if self._thread.is_alive():
+            self._groups.put(None)
+            self._thread.join()
         try:
             self._raise()
         finally:
             self._writer.close(complete=complete and self._failure is None, input=input)
-
-    def _end(self) -> None:
-        if self._thread.is_alive():
-            self._groups.put(None)
-            self._thread.join()
 
     def _raise(self) -> None:
         failure = self._failure
@@ -121,15 +120,23 @@ class WriteBehind:
                 is_due = None if self._failure else self._writer.seconds_left
                 rows = self._groups.get(timeout=is_due)
             except queue.Empty:
-                rows = ()
+                self._write(())
+                continue
             if rows is None:
                 return
-            before = self._writer.num_rows
-            try:
-                self._writer.write(rows)
-                self._writer.commit_if_due()
-                if self._writer.num_rows != before:
-                    self._committed()
-            # Whatever it is, the thread that started the run is to end it.
-            except BaseException as failure:
-                self._failure = self._failure or failure
+            self._write(rows)
+            self._groups.task_done()
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        before = self._writer.num_rows
+        try:
+            self._writer.write(rows)
+            if self._wants_commit.is_set() and self._groups.empty():
+                self._wants_commit.clear()
+                self._writer.commit()
+            self._writer.commit_if_due()
+            if self._writer.num_rows != before:
+                self._committed()
+        # Whatever it is, the thread that started the run is to end it.
+        except BaseException as failure:
+            self._failure = self._failure or failure

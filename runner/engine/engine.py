@@ -1,26 +1,32 @@
 """The engine: requests in, completions out, one batch of padded rows between them."""
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import mlx.nn as nn
 
-from runner.engine.batch import Batch, InFlight
-from runner.engine.checks import ParamsCheck, check_at_least, check_prompt
+from runner.adapter_weights import AdapterWeights
+from runner.engine.adapters import Adapters, SwapMode, check_swap_mode
+from runner.engine.admission import Admission
+from runner.engine.batch import InFlight
+from runner.engine.checks import check_at_least
+from runner.engine.flight import Flight
 from runner.engine.kv_options import KVOptions
-from runner.engine.model_runner import ModelRunner, Prefill, ReadyPrompt
+from runner.engine.lora import Adapter
+from runner.engine.memory import MemoryBudget
+from runner.engine.model_runner import ModelRunner, ReadyPrompt
 from runner.engine.recovery import (
-    Unfinished,
     is_allocation_failure,
     smaller_batch_size,
     unfinished,
 )
 from runner.engine.scheduler import FreeRows, Order, Scheduler
-from runner.engine.sequence import Sequence, num_columns
+from runner.engine.sequence import Sequence, SequenceFactory, num_columns
+from runner.engine.speculation import Launched, Speculation
 from runner.engine.stats import EngineStats
-from runner.engine.stop import Decode, StopStringMatcher
-from runner.errors import ParameterError, PromptError
-from runner.types import Completion, ErrorInfo, Request, SamplingParams
+from runner.engine.stop import Decode
+from runner.errors import UnknownAdapterError
+from runner.types import Completion, ErrorInfo, Request
 
 
 class Engine:
@@ -41,8 +47,10 @@ class Engine:
         kv_options: KVOptions | None = None,
         memory_budget: int | None = None,
         order: Order = "offline",
+        max_adapters: int = 8,
         eos_token_ids: Collection[int] = (),
         decode: Decode | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         """Takes a model with mlx-lm's interface.
 
@@ -55,8 +63,10 @@ class Engine:
             kv_options: coarser or fewer keys and values; these change results.
             memory_budget: bytes for weights, caches and forwards together; None for no limit.
             order: in which requests are taken, as `Scheduler` says.
+            max_adapters: those that rows of one batch use together; the others take turns.
             eos_token_ids: tokens that end every row that does not set `ignore_eos`.
             decode: token ids -> text; needed for stop strings alone.
+            speculation: drafts for this engine's rows alone; `kv_options` has columns for them.
 
         Raises:
             ModelError: the model cannot be run in a padded batch, as `layer_kinds` says.
@@ -66,36 +76,42 @@ class Engine:
         check_at_least(1, max_model_len=max_model_len, memory_budget=memory_budget)
         check_at_least(0, prefix_cache_bytes=prefix_cache_bytes)
         self.max_batch_size, self.max_model_len = max_batch_size, max_model_len
-        self.stats = EngineStats()
+        self.stats, self.speculation = EngineStats(), speculation
         self._runner = ModelRunner(
             model,
             prefill_step_size=prefill_step_size,
             prefix_cache_bytes=prefix_cache_bytes,
             kv_options=kv_options or KVOptions(),
+            max_adapters=max_adapters,
         )
+        self.adapters = Adapters(self._runner.adapters.modules)
         # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
-        self._eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
-        self.memory = self._runner.memory_budget(memory_budget)
-        self._scheduler = Scheduler(
-            max_batch_size=max_batch_size,
+        eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
+        self.memory = self._made_memory(memory_budget)
+        self.admission = Admission(
+            self.memory, self._runner.vocab_size, eos, max_model_len, has_decode=decode is not None
+        )
+        self._new_sequence = SequenceFactory(eos, max_model_len, decode)
+        self._scheduler = self._made_scheduler(order, prefix_cache_bytes > 0)
+        self._flight = Flight.of(self._runner)
+        self._started_over: dict[str, list[int]] = {}
+        self._aborting: set[str] = set()
+
+    def _made_memory(self, num_bytes: int | None) -> MemoryBudget:
+        drafters: list[ModelRunner] = []
+        if self.speculation is not None:
+            drafters = self.speculation.bind(self._runner, self.max_model_len)
+        return self._runner.memory_budget(num_bytes, beside=drafters)
+
+    def _made_scheduler(self, order: Order, shares_prefixes: bool) -> Scheduler:
+        return Scheduler(
+            max_batch_size=self.max_batch_size,
             max_prefill_tokens=self._runner.max_prefill_tokens,
             max_scored_positions=self._runner.max_scored_positions,
             order=order,
-            max_model_len=max_model_len,
-            shares_prefixes=prefix_cache_bytes > 0 and not self._runner.is_recurrent,
+            max_model_len=self.max_model_len,
+            shares_prefixes=shares_prefixes and not self._runner.is_recurrent,
         )
-        self._decode = decode
-        self._started_over: dict[str, list[int]] = {}
-        self._clear()
-        self._aborting: set[str] = set()
-
-    def _clear(self) -> None:
-        """Nothing is in flight."""
-        self._batch = Batch(vocab_size=self._runner.vocab_size)
-        self._prefill: Prefill | None = None
-        self._ready: list[ReadyPrompt] = []
-        self._scored: list[ReadyPrompt] = []
-        self._in_flight: InFlight | None = None
 
     @property
     def wants_requests(self) -> bool:
@@ -105,8 +121,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether any request has samples that are not finished."""
-        waiting = len(self._scheduler) or self._prefill or self._ready or self._scored
-        return bool(waiting or self._batch.sequences)
+        return len(self._scheduler) > 0 or not self._flight.is_empty
 
     @property
     def cache_bytes(self) -> int:
@@ -119,42 +134,13 @@ class Engine:
         Raises:
             PromptError: the prompt is empty, leaves no room in the context or holds a token id
                 that the vocabulary does not have, or one row of it is more than the memory budget.
-            ParameterError: the sampling parameters cannot be followed by this engine, as
-                `check_params` says.
+            ParameterError: the sampling parameters cannot be followed by this engine.
+            UnknownAdapterError: its adapter is not loaded.
         """
-        self._check(request)
+        self.adapters.get(request.adapter)
+        self.admission.check(request)
         self.stats.num_requests += 1
         self._scheduler.add(request)
-
-    def _check(self, request: Request) -> None:
-        length, most = len(request.prompt_token_ids), self.max_model_len
-        check_prompt(request, self._runner.vocab_size, most)
-        if request.params.max_tokens is not None or most is not None:
-            columns = num_columns(request, most)
-            if shortage := self.memory.shortage(columns):
-                what = f"{length} tokens of prompt and up to {columns - length} of completion"
-                raise PromptError(f"{what} {shortage}")
-        self.check_params(request.params, request.bad_words_token_ids)
-
-    def check_params(
-        self, params: SamplingParams, bad_words_token_ids: Collection[Collection[int]]
-    ) -> None:
-        """Raises ParameterError for what no request to this engine can ask.
-
-        That is stop strings without a `decode`, no limit at all, bad words that are not tokenised,
-        token ids that the vocabulary does not have, options that leave no token to sample, and a
-        max_tokens that the memory budget does not hold.
-        """
-        check = ParamsCheck(
-            vocab_size=self._runner.vocab_size,
-            eos_token_ids=self._eos,
-            has_decode=self._decode is not None,
-            has_limit=self.max_model_len is not None,
-        )
-        check(params, bad_words_token_ids)
-        most = [self.max_model_len, None if params.max_tokens is None else params.max_tokens + 1]
-        if shortage := self.memory.shortage(min(limit for limit in most if limit is not None)):
-            raise ParameterError(f"max_tokens={params.max_tokens} is not allowed: a row {shortage}")
 
     def run(self, requests: Iterable[Request]) -> Iterator[Completion]:
         """Runs requests, pulled as they are needed; yields each sample as it finishes."""
@@ -168,6 +154,44 @@ class Engine:
                     self.add(request)
             yield from self.step()
 
+    def load_adapter(self, name: str, weights: AdapterWeights, *, mode: SwapMode = "keep") -> int:
+        """Lets a name stand for an adapter, from the next step on; returns its weight version.
+
+        Where the name has been used, rows in flight end with the content they began with (`keep`)
+        or go on under the new one (`update`): what they keep of their past stays, and a prompt
+        that is being prefilled starts over. The same content again changes nothing.
+
+        Raises:
+            AdapterError: the adapter does not fit the model; what the name stood for serves on.
+        """
+        check_swap_mode(mode)
+        if self.adapters.load(name, weights) and mode == "update":
+            self._go_on(lambda adapter: adapter is not None and adapter.name == name)
+        return self.adapters.weight_version
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter. Rows in flight end with it; requests that wait for it fail.
+
+        Raises:
+            UnknownAdapterError: there is none of that name.
+        """
+        self.adapters.unload(name)
+
+    def weights_changed(self) -> int:
+        """Says that the model's own weights are others; all rows go on under them.
+
+        Returns the weight version from now on.
+        """
+        self.clear_prefix_cache()
+        self._runner.adapters.forget(self.adapters.refit(self._flight.adapters))
+        self._go_on(lambda adapter: True)
+        return self.adapters.weight_version
+
+    def _go_on(self, is_changed: Callable[[Adapter | None], bool]) -> None:
+        if self.speculation is not None:
+            self._flight.ended += self._collect()  # How many tokens a draft gave is read off it.
+        self._scheduler.put_back(self._flight.go_on(is_changed, self.adapters.now))
+
     def clear_prefix_cache(self) -> None:
         """Forgets the prompts of before."""
         self._runner.clear_prefix_cache()
@@ -177,32 +201,36 @@ class Engine:
         self._aborting.add(request_id)
         waiting = self._scheduler.remove(request_id)
         if waiting is not None:
-            self._ready.append(ReadyPrompt(waiting, [], 0, indices=self._indices(waiting)))
+            self._flight.ready.append(ReadyPrompt(waiting, [], 0, indices=self._indices(waiting)))
 
     def step(self) -> list[Completion]:
         """Prefills a chunk, launches a decode of all rows, reads the decode before that.
 
         Where memory runs out, the rows in flight start over in a batch of half the size.
         """
-        aborted = self._end_aborted()
+        done = self._end_aborted()
         try:
-            return aborted + self._advance()
+            self._advance(done)
+            return done
         except (RuntimeError, MemoryError) as error:
             if not is_allocation_failure(error):
                 raise
             reason = str(error)
         # Not in the handler: the traceback holds the arrays of the forward that failed.
-        return aborted + self._start_over(reason)
+        return done + self._start_over(reason)
 
-    def _advance(self) -> list[Completion]:
-        scored = list(self._scored)  # Read once the next prefill is on its way.
+    def _advance(self, done: list[Completion]) -> None:
+        scored = list(self._flight.scored)  # Read once the next prefill is on its way.
+        if self.speculation is not None and self.speculation.needs_draws:
+            done += self._collect()
         self._advance_prefill()
         self._start_ready()
         launched = self._launch()
-        finished = [self._only_scored(prompt) for prompt in scored] + self._collect()
-        del self._scored[: len(scored)]
-        self._in_flight = launched
-        return finished
+        done += [self._only_scored(prompt) for prompt in scored] + self._collect()
+        done += self._flight.ended
+        self._flight.ended = []
+        del self._flight.scored[: len(scored)]
+        self._flight.launched = launched
 
     def _only_scored(self, prompt: ReadyPrompt) -> Completion:
         """The end of a request that samples nothing and so needs no row."""
@@ -211,37 +239,53 @@ class Engine:
         return sequence.completion()
 
     def _advance_prefill(self) -> None:
-        if self._prefill is None and not self._ready:
-            requests = self._scheduler.next_prompts(self._free_rows())
+        if self._flight.prefill is None and not self._flight.ready:
+            requests = self._scheduler.next_prompts(self._free_rows(), self._is_admitted)
             if requests:
-                self._prefill = self._runner.start_prefill(requests)
-                self.stats.num_cached_tokens += self._prefill.num_saved
-        if self._prefill is None:
+                self._start_prefill(requests)
+        if self._flight.prefill is None:
             return
-        self.stats.num_prefill_tokens += self._runner.prefill_chunk(self._prefill)
-        if self._prefill.num_left == 0:
-            prompts = self._runner.finish_prefill(self._prefill)
-            self.stats.num_prompt_tokens += sum(len(p.request.prompt_token_ids) for p in prompts)
-            self.stats.num_scored_tokens += sum(p.request.num_scored for p in prompts)
+        self.stats.num_prefill_tokens += self._runner.prefill_chunk(self._flight.prefill)
+        if self._flight.prefill.num_left == 0:
+            prompts = self._runner.finish_prefill(self._flight.prefill)
+            self.stats.count_prompts([prompt.request for prompt in prompts])
             for prompt in prompts:
                 prompt.indices = self._indices(prompt.request)
-            self._ready += [p for p in prompts if p.request.needs_row]
-            self._scored += [p for p in prompts if not p.request.needs_row]
-            self._prefill = None
+                prompt.versions = [self.adapters.version_of(prompt.adapter)]
+            self._flight.ready += [p for p in prompts if p.request.needs_row]
+            self._flight.scored += [p for p in prompts if not p.request.needs_row]
+            self._flight.prefill = None
+
+    def _start_prefill(self, requests: list[Request]) -> None:
+        """Begins the prefill of prompts with one adapter, which may be gone by now."""
+        try:
+            adapter = self.adapters.get(requests[0].adapter)
+        except UnknownAdapterError as error:
+            left = [(request, self._indices(request)) for request in requests]
+            self._flight.ended += self._new_sequence.failed(
+                left, ErrorInfo(type(error).__name__, str(error))
+            )
+            return
+        self._flight.prefill = self._runner.start_prefill(requests, adapter)
+        self.stats.num_cached_tokens += self._flight.prefill.num_saved
+
+    def _is_admitted(self, adapter: str | None) -> bool:
+        """Whether rows with an adapter may join those in flight."""
+        names = {it.name for it in self._flight.adapters}
+        return (
+            adapter is None or adapter in names or len(names) < self._runner.adapters.max_adapters
+        )
 
     def _free_rows(self, placed: Iterable[Sequence] = ()) -> FreeRows:
         """How many rows could start now, by the columns that the longest of them comes to."""
-        rows = [*self._batch.sequences, *placed]
-        most = max((row.num_columns for row in rows), default=0)
-        return lambda columns: self._max_rows(max(columns, most)) - len(rows)
-
-    def _max_rows(self, num_columns: int) -> int:
-        return min(self.max_batch_size, self.memory.max_rows(num_columns))
+        return self.admission.free_rows(
+            [*self._flight.batch.sequences, *placed], self.max_batch_size
+        )
 
     def _start_ready(self) -> None:
         """Starts as many samples of prefilled prompts as there are free rows."""
         started: list[tuple[ReadyPrompt, list[Sequence]]] = []
-        for prompt in self._ready:
+        for prompt in self._flight.ready:
             free_rows = self._free_rows(row for _, rows in started for row in rows)
             num_free = free_rows(num_columns(prompt.request, self.max_model_len))
             indices = prompt.indices[: max(0, num_free)]
@@ -254,110 +298,74 @@ class Engine:
         for prompt, rows in started:
             self._runner.fork(prompt, [row.row for row in rows])
             del prompt.indices[: len(rows)]
-        self._ready = [prompt for prompt in self._ready if prompt.indices]
+        self._flight.ready = [prompt for prompt in self._flight.ready if prompt.indices]
 
     def _place(self, started: list[Sequence]) -> None:
         """Gives rows their slots, all at once: where the slots grow, they are copied whole."""
-        most = max(row.num_columns for row in [*self._batch.sequences, *started])
-        if len(self._batch.rows) > self._max_rows(most):
+        most = max(row.num_columns for row in [*self._flight.batch.sequences, *started])
+        if len(self._flight.batch.rows) > self.admission.max_rows(most, self.max_batch_size):
             # Rows may be fewer where they are longer, and an empty slot is as long as any.
-            self._runner.caches.keep_rows(self._batch.compact())
+            self._runner.caches.keep_rows(self._flight.batch.compact())
         for sequence in started:
-            self._batch.place(sequence)
-        self._reserve()
+            self._flight.batch.place(sequence)
+        self._runner.reserve(*self._flight.batch.extent)
 
     def _sequence(self, prompt: ReadyPrompt, index: int) -> Sequence:
-        request, matcher = prompt.request, None
-        params = request.params
-        if params.stop:
-            assert self._decode is not None, "checked when the request was added"
-            matcher = StopStringMatcher(
-                params.stop,
-                self._decode,
-                skip_special_tokens=params.skip_special_tokens,
-                min_tokens=params.min_tokens,
-            )
-        length = len(request.prompt_token_ids)
-        stop_token_ids = frozenset(params.stop_token_ids)
-        return Sequence(
-            request,
-            index,
-            max_tokens=num_columns(request, self.max_model_len) - length,
-            stop_token_ids=stop_token_ids | (frozenset() if params.ignore_eos else self._eos),
-            eos_token_ids=self._eos,
-            stop_matcher=matcher,
-            prompt_logprobs=prompt.reader,
-        )
+        return prompt.sequence(self._new_sequence, index)
 
-    def _reserve(self) -> None:
-        live = self._batch.sequences
-        columns = max(sequence.position for sequence in live) + 1
-        most = max(sequence.num_columns for sequence in live)
-        self._runner.reserve(len(self._batch.rows), columns, most)
-
-    def _launch(self) -> InFlight | None:
+    def _launch(self) -> InFlight | Launched | None:
         """Sends the next decode on its way, without waiting for the one before it."""
-        batch = self._batch
+        batch = self._flight.batch
         if not batch.wants_forward or self._fills_up_first():
             return None
         self._compact()
-        self._reserve()
-        logits = self._runner.decode(batch.input_token_ids(), batch.positions())
-        samples = batch.sample(logits)
-        self.stats.num_steps += 1
-        self.stats.num_row_steps += len(batch.rows)
-        return batch.launched(samples)
+        self._runner.reserve(*self._flight.batch.extent)
+        drafting, runner = self.speculation, self._runner
+        launched = batch.launch(runner) if drafting is None else drafting.launch(batch)
+        self.stats.count_step(launched.num_positions)
+        return launched
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
-        coming = not self._ready and self._scheduler.wants_rows
-        if self._prefill is not None:
-            coming = any(request.needs_row for request in self._prefill.requests)
+        coming = not self._flight.ready and self._scheduler.wants_rows(self._is_admitted)
+        if self._flight.prefill is not None:
+            coming = any(request.needs_row for request in self._flight.prefilling)
         num_free = self._free_rows()(self._scheduler.next_num_columns)
-        return coming and num_free > len(self._batch.sequences)
+        return coming and num_free > len(self._flight.batch.sequences)
 
     def _compact(self) -> None:
         """Drops empty slots once they are a quarter of the batch and nothing waits to fill them."""
-        batch = self._batch
-        coming = len(self._scheduler) or self._prefill or self._ready
+        batch = self._flight.batch
+        coming = len(self._scheduler) or self._flight.prefill or self._flight.ready
         if not coming and len(batch.sequences) <= 3 * len(batch.rows) // 4:
             self._runner.caches.keep_rows(batch.compact())
 
     def _collect(self) -> list[Completion]:
         """Reads the step in flight; the rows that it ended."""
-        if self._in_flight is None:
+        if self._flight.launched is None:
             return []
         finished: list[Sequence] = []
-        for sequence, draw in self._in_flight.read():
+        for sequence, draw in self._flight.launched.read():
             if sequence.finish_reason is not None:
                 continue
             sequence.push(draw)
             self.stats.num_completion_tokens += 1
             if sequence.finish_reason is not None:
                 finished.append(sequence)
-                self._release(sequence)
+                if sequence.finish_reason == "error":
+                    self._runner.caches.clear_row(sequence.row)
+                self._flight.batch.release(sequence)
+        self._flight.launched = None
         return [sequence.completion() for sequence in finished]
-
-    def _release(self, sequence: Sequence) -> None:
-        if sequence.finish_reason == "error":
-            self._runner.caches.clear_row(sequence.row)
-        self._batch.release(sequence)
 
     def _end_aborted(self) -> list[Completion]:
         if not self._aborting:
             return []
-        ended = [s for s in self._batch.sequences if s.request.request_id in self._aborting]
-        for sequence in ended:
-            self._batch.release(sequence)
-        for queue in (self._ready, self._scored):
-            for prompt in [p for p in queue if p.request.request_id in self._aborting]:
-                ended += [self._sequence(prompt, i) for i in prompt.indices]
-                queue.remove(prompt)
+        ended = self._flight.end(self._aborting, self._sequence)
         for sequence in ended:
             sequence.finish_reason = "abort"
         # A request in the middle of its prefill is ended once it is ready.
-        prefilling = self._prefill.requests if self._prefill is not None else []
-        self._aborting &= {request.request_id for request in prefilling}
+        self._aborting &= {request.request_id for request in self._flight.prefilling}
         return [sequence.completion() for sequence in ended]
 
     def _start_over(self, reason: str) -> list[Completion]:
@@ -365,23 +373,19 @@ class Engine:
 
         Every draw is keyed by its position, so a row that starts over draws what it had drawn.
         """
-        rows = self._batch.sequences
-        ready = [(p.request, p.indices) for p in (*self._ready, *self._scored)]
-        prefilling = self._prefill.requests if self._prefill is not None else []
+        rows, prefilling = self._flight.batch.sequences, self._flight.prefilling
+        ready = self._flight.prefilled
         left = unfinished(rows, ready, [(r, self._indices(r)) for r in prefilling])
         size = smaller_batch_size(
             self.max_batch_size, num_rows=len(rows), ready=ready, num_prefilling=len(prefilling)
         )
-        self._clear()
+        self._flight = self._flight.emptied()
         self._runner.drop_caches()
         if size == 0:
-            return self._failed(left, f"memory ran out for this row alone: {reason}")
+            message = f"memory ran out for this row alone: {reason}"
+            return self._new_sequence.failed(left, ErrorInfo("MemoryError", message))
         self.max_batch_size = size
-        self.stats.num_halvings += 1
-        self.stats.num_prompt_tokens -= sum(
-            len(request.prompt_token_ids) for request, _ in left if request not in prefilling
-        )
-        self.stats.num_completion_tokens -= sum(len(row.token_ids) for row in rows)
+        self.stats.start_over(rows, [request for request, _ in left if request not in prefilling])
         self._started_over |= {request.request_id: indices for request, indices in left}
         self._scheduler.put_back(request for request, _ in left)
         warnings.warn(f"memory ran out; {size} rows at most from now on: {reason}", stacklevel=3)
@@ -390,10 +394,3 @@ class Engine:
     def _indices(self, request: Request) -> list[int]:
         """The samples of a request that is prefilled which are to be started."""
         return self._started_over.pop(request.request_id, list(range(request.params.n)))
-
-    def _failed(self, left: list[Unfinished], message: str) -> list[Completion]:
-        prompts = [(ReadyPrompt(request, [], 0), indices) for request, indices in left]
-        sequences = [self._sequence(prompt, i) for prompt, indices in prompts for i in indices]
-        for sequence in sequences:
-            sequence.fail(ErrorInfo("MemoryError", message))
-        return [sequence.completion() for sequence in sequences]

@@ -35,6 +35,9 @@ class KVKind:
     """First columns of a row that a query may look at outside the window as well."""
     quantization: Quantization | None = None
     """How the columns are stored; None for as they are."""
+    num_spare: int = 0
+    """Columns of the ring beyond the window, so that as many drafted tokens may be written after
+    the next one and be rejected again, and nothing in reach is lost."""
 
     @property
     def num_arrays(self) -> int:
@@ -51,7 +54,8 @@ class KVKind:
         """How a row slot is laid out, from its first position on."""
         start = self.quantization.start if self.quantization else 0
         kept = max(self.kept - start, 0)
-        rest = Segment(start, None, kept, self.window, self.quantization)
+        ring = None if self.window is None else self.window + self.num_spare
+        rest = Segment(start, None, kept, ring, self.quantization)
         return [Segment(0, start), rest] if start else [rest]
 
     def prompt_cache(self, num_prompts: int, max_length: int) -> "PromptKVCache":
@@ -210,8 +214,9 @@ class RowKVCache(_Stored):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Writes (B, H, N, D) at each row's own column; returns the columns in use."""
-        # The second of two new columns may take the place of one that the first query looks at.
-        assert keys.shape[2] == 1 or self._kind.window is None, "a ring takes a column at a time"
+        # One column more may take the place of one that the first query looks at.
+        fits = self._kind.window is None or keys.shape[2] <= 1 + self._kind.num_spare
+        assert fits, "a ring takes as many columns at a time as it can spare"
         rows = mx.arange(keys.shape[0])[:, None]
         positions = self.offset[:, None] + mx.arange(keys.shape[2])  # (B, N)
         for segment, arrays in self._parts:
@@ -219,7 +224,13 @@ class RowKVCache(_Stored):
                 continue
             columns = segment.columns(positions)
             for array, new in zip(arrays, _encoded(segment, keys, values), strict=True):
-                array[rows, :, columns] = new.swapaxes(1, 2)  # (B, N, H, ...)
+                new = new.swapaxes(1, 2)  # (B, N, H, ...)
+                if segment.first == 0:
+                    array[rows, :, columns] = new
+                    continue
+                # Positions before the segment share a column with its first: the last one stays.
+                for i in range(new.shape[1]):
+                    array[rows, :, columns[:, i : i + 1]] = new[:, i : i + 1]
         return self.keys_and_values()
 
     def make_mask(
@@ -231,7 +242,8 @@ class RowKVCache(_Stored):
         """
         positions = self.offset[:, None] + mx.arange(num_positions)  # (B, N)
         positions = positions[:, None, :, None]
-        held = [s.held(positions, s.num_columns(self.num_columns)) for s, _ in self._parts]
+        latest = positions[:, :, -1:]
+        held = [s.held(latest, s.num_columns(self.num_columns)) for s, _ in self._parts]
         masks = [self._kind.mask(h, positions, window_size=window_size) for h in held]
         mask = mx.concatenate(masks, axis=-1) if len(masks) > 1 else masks[0]
         return mask[:, None] if self._kind.groups_queries else mask
@@ -264,6 +276,13 @@ class RowKVCache(_Stored):
         """Zeroes a slot: a weight of zero on a NaN would still be a NaN for the next row."""
         for array in self.arrays:
             array[row] = 0
+
+    def clear_columns(self, row: int, positions: mx.array) -> None:
+        """Zeroes what a slot holds at `positions`, (N,) int32, which come after its last token."""
+        for segment, arrays in self._parts:
+            for array in arrays:
+                if array.shape[2]:
+                    array[row, :, segment.columns(positions)] = 0
 
     def keep_rows(self, rows: mx.array) -> None:
         """Keeps the given slots, in that order, and drops the others."""

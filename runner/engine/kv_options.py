@@ -28,6 +28,8 @@ class KVOptions:
     kv_group_size: int = 64
     quantized_kv_start: int = 0
     max_kv_size: int | None = None
+    num_spare: int = 0
+    """Tokens that may be drafted behind a row's next one; see `KVKind`."""
 
     def __post_init__(self) -> None:
         least = NUM_KEPT + 1
@@ -44,6 +46,10 @@ class KVOptions:
             if self.kv_bits is None and getattr(self, name) != default:
                 raise _refused(name, getattr(self, name), f"{default} where kv_bits is null")
 
+    def with_spare(self, num_spare: int) -> "KVOptions":
+        """The same with at least so many spare columns."""
+        return replace(self, num_spare=max(self.num_spare, num_spare))
+
     def applied(self, kinds: Sequence[LayerKind]) -> list[LayerKind]:
         """The kinds of a model's layers, changed as the options say.
 
@@ -59,7 +65,12 @@ class KVOptions:
                 raise _refused(name, getattr(self, name), what)
         if self.kv_bits is not None:
             self._check_dims(kinds)
-        return [self._changed(kind) for kind in kinds]
+        return [self._spared(self._changed(kind)) for kind in kinds]
+
+    def _spared(self, kind: LayerKind) -> LayerKind:
+        if isinstance(kind, ListKind):
+            return ListKind(tuple(self._spared(part) for part in kind.parts))
+        return replace(kind, num_spare=self.num_spare) if isinstance(kind, KVKind) else kind
 
     def _changed(self, kind: LayerKind) -> LayerKind:
         if not _attention(kind):

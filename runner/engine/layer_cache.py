@@ -61,6 +61,10 @@ class RowCache(Protocol):
         """Zeroes a slot."""
         ...
 
+    def clear_columns(self, row: int, positions: mx.array) -> None:
+        """Zeroes what a slot holds at `positions`, (N,) int32, which come after its last token."""
+        ...
+
     def keep_rows(self, rows: mx.array) -> None:
         """Keeps the given slots, in that order, and drops the others."""
         ...

@@ -4,30 +4,59 @@ Histories live on the device and take each token from the step that samples it, 
 be launched before the host has read the one before. Definitions and order are vLLM's.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from runner.engine.sequence import Sequence
+from runner.types import Request
 
 _NEVER = 2**31 - 1
 _ANY_TOKEN = -1
 _NO_TOKEN = -2
 
 
-def _is_penalised(row: Sequence) -> bool:
+class Row(Protocol):
+    """What the next draw of a row depends on besides its logits."""
+
+    @property
+    def request(self) -> Request:
+        """What was asked."""
+        ...
+
+    @property
+    def row(self) -> int:
+        """Where its logits are."""
+        ...
+
+    @property
+    def num_launched(self) -> int:
+        """Tokens that precede the draw."""
+        ...
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """These tokens, where the host has read them all."""
+        ...
+
+    @property
+    def ending_token_ids(self) -> frozenset[int]:
+        """What min_tokens holds back."""
+        ...
+
+
+def _is_penalised(row: Row) -> bool:
     p = row.request.params
     return (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
-def _is_restricted(row: Sequence) -> bool:
+def _is_restricted(row: Row) -> bool:
     return row.request.params.allowed_token_ids is not None
 
 
-def _longest_prefix(rows: Iterable[Sequence]) -> int:
+def _longest_prefix(rows: Iterable[Row]) -> int:
     words = (word for row in rows for word in row.request.bad_words_token_ids)
     return max((len(word) for word in words), default=1) - 1
 
@@ -43,7 +72,7 @@ class _Entry(NamedTuple):
     """The tokens that have to be the last ones for it."""
 
 
-def _entries(row: Sequence) -> Iterator[_Entry]:
+def _entries(row: Row) -> Iterator[_Entry]:
     params = row.request.params
     yield from (_Entry(token_id, bias) for token_id, bias in (params.logit_bias or {}).items())
     for word in row.request.bad_words_token_ids:
@@ -55,9 +84,9 @@ def _entries(row: Sequence) -> Iterator[_Entry]:
 
 def _carried(
     old: mx.array | None,
-    old_rows: list[Sequence],
-    rows: list[Sequence],
-    start: Callable[[list[Sequence]], mx.array],
+    old_rows: list[Row],
+    rows: list[Row],
+    start: Callable[[list[Row]], mx.array],
 ) -> mx.array:
     """(R, ...): each row's own slice of `old` if it has one; the others' come from `start`."""
     known = set(old_rows)
@@ -72,7 +101,7 @@ def _carried(
 class _Rows:
     """Some rows of the batch, and their logits out of it and back in."""
 
-    def __init__(self, rows: list[Sequence], num_rows: int) -> None:
+    def __init__(self, rows: list[Row], num_rows: int) -> None:
         self._all = [row.row for row in rows] == list(range(num_rows))
         self.index = mx.array([row.row for row in rows], mx.int32)
 
@@ -90,7 +119,7 @@ class _Rows:
 class _AllowedTokens:
     """Leaves the rows that list their tokens nothing but these."""
 
-    def __init__(self, rows: list[Sequence], num_rows: int, vocab_size: int) -> None:
+    def __init__(self, rows: list[Row], num_rows: int, vocab_size: int) -> None:
         self._rows = _Rows(rows, num_rows)
         # A job's rows share one tuple, which may be long: by identity, no hash reads it.
         lists = [row.request.params.allowed_token_ids or () for row in rows]
@@ -115,7 +144,7 @@ def _mask(token_ids: Iterable[int], vocab_size: int) -> mx.array:
 class _RecentTokens:
     """The last tokens that each watched row generated, (R, W) int32, the latest on the right."""
 
-    def __init__(self, rows: list[Sequence], num_rows: int, old: "_RecentTokens | None") -> None:
+    def __init__(self, rows: list[Row], num_rows: int, old: "_RecentTokens | None") -> None:
         self.sequences = rows
         self._index = _Rows(rows, num_rows).index
         width = _longest_prefix(rows)
@@ -123,7 +152,7 @@ class _RecentTokens:
             old._resized(width) if old else None,
             old.sequences if old else [],
             rows,
-            lambda new: mx.full((len(new), width), _NO_TOKEN, mx.int32),
+            lambda new: mx.array([_last(row.token_ids, width) for row in new], mx.int32),
         )
 
     def _resized(self, width: int) -> mx.array:
@@ -137,15 +166,19 @@ class _RecentTokens:
         )
 
 
+def _last(token_ids: Sequence[int], width: int) -> list[int]:
+    """The last tokens, as many as there are, on the right."""
+    last = list(token_ids[max(0, len(token_ids) - width) :])
+    return [_NO_TOKEN] * (width - len(last)) + last
+
+
 class _Biases:
     """Adds to single logits, some of them for a number of steps or after certain tokens alone.
 
     One scatter for logit_bias, min_tokens and bad_words: minus infinity is a bias like another.
     """
 
-    def __init__(
-        self, entries: list[tuple[Sequence, _Entry]], recent: _RecentTokens | None
-    ) -> None:
+    def __init__(self, entries: list[tuple[Row, _Entry]], recent: _RecentTokens | None) -> None:
         self._recent = recent
         self._rows = mx.array([row.row for row, _ in entries])
         self._token_ids = mx.array([entry.token_id for _, entry in entries])
@@ -179,7 +212,7 @@ class _Penalties:
     """Repetition, presence and frequency penalties over counts of tokens, (R, V)."""
 
     def __init__(
-        self, rows: list[Sequence], num_rows: int, vocab_size: int, old: "_Penalties | None"
+        self, rows: list[Row], num_rows: int, vocab_size: int, old: "_Penalties | None"
     ) -> None:
         self._rows = _Rows(rows, num_rows)
         self._sequences = rows
@@ -194,7 +227,7 @@ class _Penalties:
             old._counts if old else None,
             before,
             rows,
-            lambda new: mx.zeros((len(new), vocab_size), mx.int32),
+            lambda new: mx.stack([_counted(row.token_ids, vocab_size) for row in new]),
         )
         self._in_prompt: mx.array = _carried(
             old._in_prompt if old else None,
@@ -219,11 +252,16 @@ class _Penalties:
         self._counts = self._counts.at[places, token_ids[self._rows.index]].add(1)
 
 
+def _counted(token_ids: Sequence[int], vocab_size: int) -> mx.array:
+    """(V,) int32: how often each token is there."""
+    return mx.array(np.bincount(token_ids, minlength=vocab_size).astype(np.int32))
+
+
 def _column(values: list[float]) -> mx.array:
     return mx.array(values, mx.float32)[:, None]
 
 
-def _prompt_mask(row: Sequence, vocab_size: int) -> mx.array:
+def _prompt_mask(row: Row, vocab_size: int) -> mx.array:
     """(V,) bool: the tokens of the prompt, where a penalty counts them."""
     counted = row.request.params.repetition_penalty != 1.0
     return _mask(row.request.prompt_token_ids if counted else (), vocab_size)
@@ -240,14 +278,15 @@ class LogitsProcessors:
 
     @classmethod
     def build(
-        cls, rows: list[Sequence | None], vocab_size: int, before: "LogitsProcessors | None" = None
+        cls, rows: Sequence[Row | None], vocab_size: int, before: "LogitsProcessors | None" = None
     ) -> "LogitsProcessors | None":
         """Arrays for the rows of a batch, None where no row asks for any.
 
         Args:
             rows: the sequence in each slot; None stands for an empty one.
             vocab_size: V, the width of the logits.
-            before: what was built last; rows that it held keep their history.
+            before: what was built last; rows that it held keep their history. The others start
+                from the tokens that the host has read.
         """
         present, size = [row for row in rows if row is not None], len(rows)
         restricted = [row for row in present if _is_restricted(row)]

@@ -32,6 +32,8 @@ class MemoryBudget:
     weights_bytes: int
     prefix_cache_bytes: int
     max_prefill_tokens: int
+    num_spare: int = 0
+    """Columns of each slot for tokens that are drafted behind a row's last."""
     _known: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -45,7 +47,8 @@ class MemoryBudget:
 
     def slot_bytes(self, num_columns: int) -> int:
         """Bytes of one row slot, all layers."""
-        return sum(kind.nbytes(rounded_up(num_columns)) for kind in self.kinds)
+        columns = rounded_up(num_columns + self.num_spare)
+        return sum(kind.nbytes(columns) for kind in self.kinds)
 
     def batch_bytes(self, num_rows: int, num_columns: int) -> int:
         """Bytes of a run whose longest row has `num_columns`, weights and workspace included."""

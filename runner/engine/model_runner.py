@@ -14,10 +14,14 @@ from runner.engine.cpu_kernels import CPUKernels
 from runner.engine.kv_options import KVOptions
 from runner.engine.layer_cache import Past, PromptCache
 from runner.engine.layer_kinds import layer_kinds
+from runner.engine.lora import Adapter
+from runner.engine.lora_binding import AdapterBinding
 from runner.engine.memory import MemoryBudget
 from runner.engine.prefix_cache import MIN_TOKENS, PrefixCache, num_shared
 from runner.engine.row_caches import RowCaches
 from runner.engine.scoring import PromptScores, max_scored_positions
+from runner.engine.sequence import Sequence as Row
+from runner.engine.sequence import SequenceFactory
 from runner.types import Request, TokenLogprobs
 
 _MIN_TOGETHER = 512
@@ -43,8 +47,15 @@ class Prefill:
     """Positions, of all prompts, that are not forwarded here."""
     scores: PromptScores | None = None
     """Where logprobs of the prompts are wanted."""
+    adapter: Adapter | None = None
+    """That of all the prompts."""
     context: "Prefill | None" = None
     """What all the prompts begin with, while it is being forwarded as a prompt of its own."""
+
+    @property
+    def content(self) -> str:
+        """Names the content of the adapter; empty for none."""
+        return "" if self.adapter is None else self.adapter.digest
 
     @property
     def num_left(self) -> int:
@@ -85,6 +96,10 @@ class ReadyPrompt:
     row: int
     """Where the prompt stands in its prefill."""
     scores: PromptScores | None = None
+    adapter: Adapter | None = None
+    versions: list[int] = field(default_factory=list)
+    """The weight version that has read the prompt; and that of samples that start now, if it is
+    another."""
     indices: list[int] = field(default_factory=list)
     """The samples that have not started."""
 
@@ -92,6 +107,21 @@ class ReadyPrompt:
     def num_cached(self) -> int:
         """Columns of the prompt that are cached: all but its last token."""
         return len(self.request.prompt_token_ids) - 1
+
+    def go_on_under(self, adapter: Adapter | None, version: int) -> None:
+        """Lets other weights give the samples that have not started; what is prefilled stays."""
+        self.adapter = adapter
+        self.versions[1:] = [version]
+
+    def sequence(self, factory: SequenceFactory, index: int) -> Row:
+        """A sample of it, with nothing sampled yet."""
+        return factory(
+            self.request,
+            index,
+            prompt_logprobs=self.reader,
+            adapter=self.adapter,
+            versions=self.versions or [0],
+        )
 
     @property
     def reader(self) -> Callable[[], TokenLogprobs] | None:
@@ -124,11 +154,14 @@ class ModelRunner:
         prefill_step_size: int,
         prefix_cache_bytes: int,
         kv_options: KVOptions,
+        max_adapters: int,
     ) -> None:
         self._model = model
+        self.adapters = AdapterBinding(model, max_adapters=max_adapters)
         self._kernels = CPUKernels(model)
         kinds, self.vocab_size = layer_kinds(model)
         self.kinds = kv_options.applied(kinds)
+        self.num_spare = kv_options.num_spare
         self.is_recurrent = any(kind.is_recurrent for kind in self.kinds)
         self._prefill_step_size = prefill_step_size
         self._prefix_cache_bytes = prefix_cache_bytes
@@ -138,31 +171,32 @@ class ModelRunner:
             max_bytes=prefix_cache_bytes, whole_entries=self.is_recurrent
         )
 
-    def start_prefill(self, requests: list[Request]) -> Prefill:
+    def start_prefill(self, requests: list[Request], adapter: Adapter | None = None) -> Prefill:
         """Lays out prompts for `prefill_chunk`, from the longest prefix that is cached for all.
 
-        What they begin with alike beyond that is forwarded first, for all of them at once.
+        What they begin with alike beyond that is forwarded first, for all of them at once. All of
+        them use `adapter`.
         """
-        prefill = self._laid_out(requests)
+        prefill = self._laid_out(requests, adapter)
         prompts = [request.prompt_token_ids[: request.num_context] for request in requests]
-        entry, num_cached = self._prefix_cache.find(prompts) or (None, 0)
+        entry, num_cached = self._prefix_cache.find(prompts, content=prefill.content) or (None, 0)
         num_alike = min(num_shared(prompts[0], prompt) for prompt in prompts)
         prefill.num_saved = len(requests) * num_cached
         start = prefill
         if num_alike - num_cached >= MIN_TOKENS and (len(requests) > 1 or prefill.scores):
             prefill.num_saved += (len(requests) - 1) * (num_alike - num_cached)
-            start = prefill.context = self._laid_out([_context(requests[0], num_alike)])
+            start = prefill.context = self._laid_out([_context(requests[0], num_alike)], adapter)
         start.start_from(entry.pasts if entry is not None else [], num_cached)
         return prefill
 
-    def _laid_out(self, requests: list[Request]) -> Prefill:
+    def _laid_out(self, requests: list[Request], adapter: Adapter | None) -> Prefill:
         lengths = [len(request.prompt_token_ids) - 1 for request in requests]
         padded = np.zeros((len(requests), max(lengths)), np.int32)
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             padded[row, :length] = request.prompt_token_ids[:length]
         caches = [kind.prompt_cache(*padded.shape) for kind in self.kinds]
         scores = PromptScores(requests) if any(r.is_scored for r in requests) else None
-        return Prefill(requests, caches, mx.array(padded), scores=scores)
+        return Prefill(requests, caches, mx.array(padded), scores=scores, adapter=adapter)
 
     def prefill_chunk(self, prefill: Prefill) -> int:
         """Forwards the next columns of all prompts; returns the positions forwarded.
@@ -176,7 +210,8 @@ class ModelRunner:
             return 0
         start = prefill.num_done
         token_ids = prefill.token_ids[:, start : start + size]
-        logits = self._forward(token_ids, prefill.caches)
+        adapters = [prefill.adapter] * len(prefill.requests)
+        logits = self._forward(token_ids, prefill.caches, adapters)
         prefill.advance(size)
         arrays = [cache.arrays for cache in prefill.caches]
         if prefill.scores is not None and start >= prefill.scores.first_column:
@@ -211,7 +246,7 @@ class ModelRunner:
             if request.needs_row:
                 self._keep(prefill, row)
         return [
-            ReadyPrompt(request, prefill.caches, row, prefill.scores)
+            ReadyPrompt(request, prefill.caches, row, prefill.scores, prefill.adapter)
             for row, request in enumerate(prefill.requests)
         ]
 
@@ -225,7 +260,7 @@ class ModelRunner:
         ]
         # Now: until it is made, the copy holds on to the whole prefill.
         mx.async_eval(pasts)  # type: ignore[no-untyped-call]
-        self._prefix_cache.add(token_ids, pasts)
+        self._prefix_cache.add(token_ids, pasts, content=prefill.content)
         return pasts
 
     @property
@@ -233,15 +268,23 @@ class ModelRunner:
         """Tokens, pads included, of prompts that are prefilled together."""
         return max(self._prefill_step_size, _MIN_TOGETHER)
 
-    def memory_budget(self, num_bytes: int | None) -> MemoryBudget:
-        """What a run with this model may take, of `num_bytes` in all."""
-        parameters = tree_flatten(self._model.parameters())
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the model's parameters."""
+        return sum(array.nbytes for _, array in tree_flatten(self._model.parameters()))
+
+    def memory_budget(
+        self, num_bytes: int | None, beside: Sequence["ModelRunner"] = ()
+    ) -> MemoryBudget:
+        """What a run with this model may take, of `num_bytes` in all; `beside` have rows too."""
+        runners = [self, *beside]
         return MemoryBudget(
             num_bytes=num_bytes,
-            kinds=self.kinds,
-            weights_bytes=sum(array.nbytes for _, array in parameters),
+            kinds=[kind for runner in runners for kind in runner.kinds],
+            weights_bytes=sum(runner.weights_bytes for runner in runners),
             prefix_cache_bytes=self._prefix_cache_bytes,
             max_prefill_tokens=self.max_prefill_tokens,
+            num_spare=max(runner.num_spare for runner in runners),
         )
 
     def clear_prefix_cache(self) -> None:
@@ -269,13 +312,23 @@ class ModelRunner:
         """Bytes of the row slots, and of the prompts that are kept."""
         return self.caches.nbytes + self._prefix_cache.nbytes
 
-    def decode(self, token_ids: mx.array, positions: Sequence[int]) -> mx.array:
+    def decode(
+        self, token_ids: mx.array, positions: Sequence[int], adapters: Sequence[Adapter | None]
+    ) -> mx.array:
         """Forwards one token per row, (B,), written at `positions`; logits (B, V)."""
-        self.caches.begin_step(positions)
-        return self._forward(token_ids[:, None], self.caches.layers)[:, -1]
+        return self.forward_rows(token_ids[:, None], positions, adapters)[:, -1]
 
-    def _forward(self, token_ids: mx.array, caches: Sequence[Any]) -> mx.array:
-        """Logits, (B, N, V), of tokens (B, N) behind what the caches hold."""
-        with self._kernels.bound():
+    def forward_rows(
+        self, token_ids: mx.array, positions: Sequence[int], adapters: Sequence[Adapter | None]
+    ) -> mx.array:
+        """Forwards tokens, (B, N), each row's written from its position on; logits (B, N, V)."""
+        self.caches.begin_step(positions, token_ids.shape[1])
+        return self._forward(token_ids, self.caches.layers, adapters)
+
+    def _forward(
+        self, token_ids: mx.array, caches: Sequence[Any], adapters: Sequence[Adapter | None]
+    ) -> mx.array:
+        """Logits, (B, N, V), of tokens (B, N) behind what the caches hold, an adapter a row."""
+        with self._kernels.bound(), self.adapters.bound(adapters):
             logits: mx.array = self._model(token_ids, cache=caches)
         return logits

@@ -19,6 +19,8 @@ class PrefixEntry:
 
     token_ids: npt.NDArray[np.int32]
     pasts: list[Past]
+    content: str = ""
+    """Names the content of the adapter that it was prefilled with; empty for none."""
 
     @property
     def nbytes(self) -> int:
@@ -47,19 +49,24 @@ class PrefixCache:
     def __init__(self, *, max_bytes: int, whole_entries: bool = False) -> None:
         self._max_bytes = max_bytes
         self._whole_entries = whole_entries
-        self._entries: OrderedDict[bytes, PrefixEntry] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, bytes], PrefixEntry] = OrderedDict()
         self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, prompts: Sequence[Sequence[int]]) -> tuple[PrefixEntry, int] | None:
+    def find(
+        self, prompts: Sequence[Sequence[int]], *, content: str = ""
+    ) -> tuple[PrefixEntry, int] | None:
         """The entry that all of `prompts` share the most tokens with, and how many.
 
-        None where they share too few with any to be worth a copy.
+        Only entries that were prefilled with an adapter of this content. None where the prompts
+        share too few with any to be worth a copy.
         """
-        best_key, best = b"", 0
+        best_key, best = ("", b""), 0
         for key, entry in self._entries.items():
+            if entry.content != content:
+                continue
             shared = min(entry.num_shared(prompt) for prompt in prompts)
             if self._whole_entries and shared < len(entry.token_ids):
                 continue
@@ -70,10 +77,10 @@ class PrefixCache:
         self._entries.move_to_end(best_key)
         return self._entries[best_key], best
 
-    def add(self, token_ids: Sequence[int], pasts: list[Past]) -> None:
+    def add(self, token_ids: Sequence[int], pasts: list[Past], *, content: str = "") -> None:
         """Keeps a prompt's pasts; drops the least recently used beyond `max_bytes`."""
-        entry = PrefixEntry(np.asarray(token_ids, np.int32), pasts)
-        key = entry.token_ids.tobytes()
+        entry = PrefixEntry(np.asarray(token_ids, np.int32), pasts, content)
+        key = content, entry.token_ids.tobytes()
         if len(token_ids) < MIN_TOKENS or key in self._entries or entry.nbytes > self._max_bytes:
             return
         self._entries[key] = entry

@@ -53,10 +53,12 @@ class RowCaches:
             # One by one, so that at no time two whole caches are held.
             mx.eval(layer.arrays)
 
-    def begin_step(self, positions: Sequence[int]) -> None:
-        """Sets the column, one per slot, at which the next forward writes."""
+    def begin_step(self, positions: Sequence[int], num_positions: int = 1) -> None:
+        """Sets the column, one per slot, from which the next forward writes, and how many."""
         columns = mx.array(list(positions), mx.int32)
-        used = min(rounded_up(max(positions) + 1), self.capacity)
+        needed = max(positions) + num_positions
+        assert needed <= self.capacity, "a column that is written has to be there"
+        used = min(rounded_up(needed), self.capacity)
         for layer in self.layers:
             layer.begin_step(columns, used)
 
@@ -64,6 +66,11 @@ class RowCaches:
         """Zeroes a slot whose sequence left a NaN behind."""
         for layer in self.layers:
             layer.clear_row(row)
+
+    def clear_columns(self, row: int, first: int, end: int) -> None:
+        """Zeroes what a slot holds from position `first` on, to before `end`."""
+        for layer in self.layers:
+            layer.clear_columns(row, mx.arange(first, end))
 
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Keeps the given slots, in that order, and drops the others."""

@@ -49,11 +49,11 @@ class _Waiting:
 class Scheduler:
     """The requests that wait, and which of them are prefilled together next.
 
-    `offline` takes those that share a prefix one after another, and of these, as of all others, the
-    longest first, so that stragglers start early and rows of like length stand together. The
-    choice is among `4 * max_batch_size` requests, so that memory stays constant however many come;
-    one that has seen `16 * max_batch_size` others admitted goes next. `fcfs` takes them as they
-    came. What a row gets does not depend on it.
+    `offline` takes those with the same adapter one after another, of these those that share a
+    prefix, and of these, as of all others, the longest first, so that stragglers start early and
+    rows of like length stand together. The choice is among `4 * max_batch_size` requests, so that
+    memory stays constant however many come; one that has seen `16 * max_batch_size` others
+    admitted goes next. `fcfs` takes them as they came. What a row gets does not depend on it.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Scheduler:
         self._shares_prefixes = shares_prefixes
         self._waiting: dict[str, _Waiting] = {}
         self._last: tuple[int, ...] = ()
+        self._last_adapter: str | None = None
         self._num_admitted = 0
 
     def __len__(self) -> int:
@@ -101,10 +102,10 @@ class Scheduler:
         """Columns of the request that is next; 0 where none waits."""
         return self._lead(self._waiting.values()).num_columns if self._waiting else 0
 
-    @property
-    def wants_rows(self) -> bool:
-        """Whether any request that waits is to be sampled from."""
-        return any(entry.request.needs_row for entry in self._waiting.values())
+    def wants_rows(self, is_admitted: Callable[[str | None], bool] = lambda _: True) -> bool:
+        """Whether any request that waits, and whose adapter is admitted, is to be sampled from."""
+        requests = [entry.request for entry in self._waiting.values()]
+        return any(it.needs_row and is_admitted(it.adapter) for it in requests)
 
     def add(self, request: Request) -> None:
         """Appends a request to those that wait."""
@@ -124,14 +125,18 @@ class Scheduler:
         entry = self._waiting.pop(request_id, None)
         return None if entry is None else entry.request
 
-    def next_prompts(self, free_rows: FreeRows) -> list[Request]:
+    def next_prompts(
+        self, free_rows: FreeRows, is_admitted: Callable[[str | None], bool] = lambda _: True
+    ) -> list[Request]:
         """Takes the requests to prefill together now, as many as the free rows hold.
 
         The first is taken as soon as one row is free, also where its n samples need more: its
         prompt is kept until all of them have started. Where none is free for it, all others wait
-        but those that are only scored, which need no row.
+        but those that are only scored, which need no row. Those whose adapter is not admitted wait.
         """
         waiting = list(self._waiting.values())
+        adapters = {it.request.adapter: is_admitted(it.request.adapter) for it in waiting}
+        waiting = [it for it in waiting if adapters[it.request.adapter] or not it.request.needs_row]
         if waiting and self._free(self._lead(waiting), free_rows) < 1:
             waiting = [entry for entry in waiting if not entry.request.needs_row]
         if not waiting:
@@ -142,7 +147,7 @@ class Scheduler:
         for entry in taken:
             del self._waiting[entry.request.request_id]
         self._num_admitted += len(taken)
-        self._last = lead.token_ids
+        self._last, self._last_adapter = lead.token_ids, lead.request.adapter
         return [entry.request for entry in taken]
 
     @staticmethod
@@ -155,10 +160,10 @@ class Scheduler:
         num_passed = self._num_admitted - oldest.num_admitted_before
         if self._order == "fcfs" or num_passed >= _PATIENCE * self.max_batch_size:
             return oldest
-        # A request's adapter belongs at the head of this key, once there are adapters.
         return max(
             waiting,
             key=lambda it: (
+                it.request.adapter == self._last_adapter,
                 self._nearness(self._last, it),
                 it.request.needs_row,  # Decodes while others are scored.
                 it.num_columns,
@@ -180,7 +185,7 @@ class Scheduler:
         The lead goes alone where what the others share with it is worth waiting for: it is then in
         the prefix cache for them.
         """
-        others = [entry for entry in self._waiting.values() if entry is not lead]
+        others = self._of_one_adapter(lead)
         if lead.request.is_scored:
             return self._fitting(lead, _scored_with(lead, others), free_rows, shared=0)
         others = [entry for entry in others if not entry.request.is_scored]
@@ -196,6 +201,14 @@ class Scheduler:
         taken = self._fitting(lead, near, free_rows, shared=least)
         num_saved = (least - _num_shared(lead.token_ids, self._last)) * (len(taken) - 1)
         return [lead] if num_saved >= len(lead.token_ids) else taken
+
+    def _of_one_adapter(self, lead: _Waiting) -> list[_Waiting]:
+        """The others with the lead's adapter; in order of arrival, up to the first with another."""
+        others = [entry for entry in self._waiting.values() if entry is not lead]
+        is_mate = [entry.request.adapter == lead.request.adapter for entry in others]
+        if self._order == "fcfs" and not all(is_mate):
+            return others[: is_mate.index(False)]
+        return [entry for entry, it in zip(others, is_mate, strict=True) if it]
 
     def _fitting(
         self, lead: _Waiting, others: list[_Waiting], free_rows: FreeRows, *, shared: int

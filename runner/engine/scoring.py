@@ -109,6 +109,12 @@ def _on_host(logits: mx.array, *, entropy: bool) -> tuple[mx.array, mx.array]:
     return normalizer, mx.array(np.concatenate(entropies)).reshape(shape)
 
 
+def log_normalizer(logits: mx.array) -> mx.array:
+    """The log-sum-exp, (B, N, 1), of logits (B, N, V) float32, in what can be differentiated."""
+    partial = mx.logsumexp(_in_blocks(logits), axis=-1)
+    return mx.logsumexp(partial, axis=-1, keepdims=True)
+
+
 def _in_blocks(logits: mx.array) -> mx.array:
     """(B, N, V) as (B, N, blocks, _BLOCK), padded with the impossible.
 

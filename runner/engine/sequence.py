@@ -1,12 +1,22 @@
 """A sequence: one sample of a request while it is in flight, one row of the batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import isnan
 
-from runner.engine.stop import StopStringMatcher
-from runner.types import Completion, ErrorInfo, FinishReason, Logprob, Request, TokenLogprobs
+from runner.engine.lora import Adapter
+from runner.engine.stop import Decode, StopStringMatcher
+from runner.types import (
+    Completion,
+    ErrorInfo,
+    FinishReason,
+    Logprob,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+    WeightSpan,
+)
 
 _NAN = "a logprob is not a number: the model's own, or the options left no token"
 
@@ -47,6 +57,9 @@ class Sequence:
     stop_matcher: StopStringMatcher | None = None
     prompt_logprobs: Callable[[], TokenLogprobs] | None = None
     """Reads the prompt's logprobs off the device, where they are wanted and there."""
+    adapter: Adapter | None = None
+    versions: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
+    """Weight versions, each with the first token that it gave."""
     row: int = -1
     num_launched: int = 0
     """Forwards launched for this row; `token_ids` lags it by those not yet read."""
@@ -54,6 +67,8 @@ class Sequence:
     raw_logprobs: list[float] = field(default_factory=list)
     processed_logprobs: list[float] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    num_drafted: int = 0
+    num_accepted: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: ErrorInfo | None = None
@@ -68,6 +83,11 @@ class Sequence:
     def position(self) -> int:
         """The column that the next forward of this row writes."""
         return len(self.request.prompt_token_ids) - 1 + self.num_launched
+
+    @property
+    def last_token_id(self) -> int:
+        """What the next forward of this row starts with, where everything launched is read."""
+        return self.token_ids[-1] if self.token_ids else self.request.prompt_token_ids[-1]
 
     @property
     def num_columns(self) -> int:
@@ -107,6 +127,21 @@ class Sequence:
         elif len(self.token_ids) == self.max_tokens:
             self.finish_reason = "length"
 
+    def go_on_under(self, adapter: Adapter | None, version: int) -> None:
+        """Lets other weights give the tokens that are not launched yet."""
+        self.adapter = adapter
+        # The first one stays: it has read the prompt.
+        if len(self.versions) > 1 and self.versions[-1][1] == self.num_launched:
+            self.versions.pop()
+        self.versions.append((version, self.num_launched))
+
+    def _weight_versions(self) -> list[WeightSpan]:
+        """The versions of the tokens that there are, after that which read the prompt."""
+        length = len(self.token_ids)
+        spans = [it for place, it in enumerate(self.versions) if place == 0 or it[1] < length]
+        ends = [*(start for _, start in spans[1:]), length]
+        return [WeightSpan(*span, end) for span, end in zip(spans, ends, strict=True)]
+
     def fail(self, error: ErrorInfo) -> None:
         """Ends the row with an error."""
         self.finish_reason, self.error = "error", error
@@ -128,4 +163,63 @@ class Sequence:
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             error=self.error,
+            num_drafted=self.num_drafted,
+            num_accepted=self.num_accepted,
+            adapter=self.request.adapter,
+            adapter_digest=None if self.adapter is None else self.adapter.digest,
+            weight_versions=self._weight_versions(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFactory:
+    """Makes the sequences of one engine."""
+
+    eos_token_ids: frozenset[int]
+    max_model_len: int | None
+    decode: Decode | None
+
+    def __call__(
+        self,
+        request: Request,
+        index: int,
+        *,
+        prompt_logprobs: Callable[[], TokenLogprobs] | None = None,
+        adapter: Adapter | None = None,
+        versions: Iterable[int] = (0,),
+    ) -> Sequence:
+        """A sample of `request`, with nothing sampled yet."""
+        params = request.params
+        stop_token_ids = frozenset(params.stop_token_ids)
+        return Sequence(
+            request,
+            index,
+            max_tokens=num_columns(request, self.max_model_len) - len(request.prompt_token_ids),
+            stop_token_ids=stop_token_ids
+            | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            eos_token_ids=self.eos_token_ids,
+            stop_matcher=self._matcher(params),
+            prompt_logprobs=prompt_logprobs,
+            adapter=adapter,
+            versions=[(version, 0) for version in versions],
+        )
+
+    def failed(
+        self, left: Iterable[tuple[Request, list[int]]], error: ErrorInfo
+    ) -> list[Completion]:
+        """The end of samples, by request, that cannot be run."""
+        sequences = [self(request, index) for request, indices in left for index in indices]
+        for sequence in sequences:
+            sequence.fail(error)
+        return [sequence.completion() for sequence in sequences]
+
+    def _matcher(self, params: SamplingParams) -> StopStringMatcher | None:
+        if not params.stop:
+            return None
+        assert self.decode is not None, "checked when the request was added"
+        return StopStringMatcher(
+            params.stop,
+            self.decode,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
         )

@@ -119,6 +119,9 @@ class RowStateCache(ArraysCache):  # type: ignore[misc]
         """Takes a slot back to before the first token."""
         self.write_prefix([row], tuple(self._kind.zeros()))
 
+    def clear_columns(self, row: int, positions: mx.array) -> None:
+        """A state knows no columns; nothing is drafted beside one."""
+
     def keep_rows(self, rows: mx.array) -> None:
         """Keeps the given slots, in that order, and drops the others."""
         self.cache = [array[rows] for array in self.cache]

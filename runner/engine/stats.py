@@ -1,6 +1,15 @@
 """Counters of one engine, for summaries and progress bars."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from runner.engine.sequence import Sequence as Row
+from runner.types import Request
+
+
+def num_prompt_tokens(requests: Iterable[Request]) -> int:
+    """Tokens of the prompts of some requests."""
+    return sum(len(request.prompt_token_ids) for request in requests)
 
 
 @dataclass(slots=True)
@@ -23,9 +32,25 @@ class EngineStats:
     num_steps: int = 0
     """Decode forwards."""
     num_row_steps: int = 0
-    """Rows forwarded in decode, empty ones included."""
+    """Rows forwarded in decode, empty ones included, once for each position of a drafted step."""
     num_halvings: int = 0
     """Times that memory ran out, so that the batch was halved and started over."""
+
+    def count_step(self, num_positions: int) -> None:
+        """Counts a decode forward."""
+        self.num_steps += 1
+        self.num_row_steps += num_positions
+
+    def count_prompts(self, requests: Sequence[Request]) -> None:
+        """Counts requests whose prompts are prefilled."""
+        self.num_prompt_tokens += num_prompt_tokens(requests)
+        self.num_scored_tokens += sum(request.num_scored for request in requests)
+
+    def start_over(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
+        """Takes back what has to be done again: rows in flight, and prompts that were prefilled."""
+        self.num_halvings += 1
+        self.num_prompt_tokens -= num_prompt_tokens(requests)
+        self.num_completion_tokens -= sum(len(row.token_ids) for row in rows)
 
     @property
     def occupancy(self) -> float:

@@ -1,6 +1,7 @@
 """From the name of a model to its weights and tokenizer, ready to run."""
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,21 @@ def load_model(
         blas=blas,
         device=device_name(),
     )
+
+
+def loaded_model(
+    model: str | Path | LoadedModel,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+) -> LoadedModel:
+    """A model that is loaded already, or else is now; warns where its BLAS is slow."""
+    if not isinstance(model, LoadedModel):
+        model = load_model(str(model), revision=revision, dtype=dtype, max_model_len=max_model_len)
+    if model.blas.warning is not None:
+        warnings.warn(model.blas.warning, stacklevel=3)
+    return model
 
 
 def _quieten_transformers() -> None:

@@ -54,8 +54,10 @@ class ApiRequest:
         """Whether it is a chat completion."""
         return self.endpoint is CHAT
 
-    def prompt_requests(self, request_id: str, *, key: str) -> list[PromptRequest]:
-        """One request per prompt, named `request_id/0`, ….
+    def prompt_requests(
+        self, request_id: str, *, key: str, adapter: str | None = None
+    ) -> list[PromptRequest]:
+        """One request per prompt, named `request_id/0`, …, all with one adapter.
 
         Draws follow the body's seed and the prompt alone, so that the same request gives the same
         answer wherever it stands, as `LLM.generate` does; without a seed they follow `key`.
@@ -72,6 +74,7 @@ class ApiRequest:
                     prompt=prompt,
                     params=self.params,
                     key=own_key,
+                    adapter=adapter,
                 )
             )
         return requests

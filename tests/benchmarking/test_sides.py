@@ -210,3 +210,23 @@ def test_workloads_are_fixed_and_of_the_size_they_say(smollm2, name):
         part = one.part(2)
         mean = one.num_tokens / one.num_rows
         assert mean / 3 < part.num_tokens / part.num_rows < 3 * mean
+
+
+def test_drafts_from_the_run_before_are_beside_the_same_engine_without(llm):
+    workload = Workload("previous", [[5, 6, 7], [8, 9, 10, 11]], 2, [12, 9], 1.0)
+    with Peers(llm, ["plain"], options={"model": "x", "seed": 3}, stock_rows=1) as peers_:
+        sides = peers_.sides(workload)
+        assert [side.kind for side in sides] == ["runner", "plain"]
+        runs = measure(sides, rounds=1)
+    assert [run.num_tokens for (run,) in runs] == [42, 42]
+    drafting, plain = (side.run.args[0] for side in sides)
+    assert plain.engine.speculation is None and plain.loaded is drafting.loaded is llm.loaded
+    report = drafting.engine.speculation.report()
+    assert report["num_draft_tokens"] == 16 and report["acceptance_rate"] in (None, 1.0)
+
+
+def test_prompts_one_by_one_are_never_in_one_batch(llm):
+    workload = Workload("copy", [[5, 6, 7], [8, 9, 10, 11]], 1, [5, 5], 0.0, is_one_by_one=True)
+    before = llm.engine.stats.num_row_steps
+    assert timed(llm, run_engine, workload).num_tokens == 10
+    assert llm.engine.stats.num_row_steps - before == 10, "a row a step"

@@ -36,12 +36,20 @@ def digests(model: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("model", ["full", "sliding", "sinks", "quantised"])
 def test_64_requests_have_the_same_bits_in_any_batch(model):
-    """Batches of 1, 3, 8 and 32, shuffled, prefilled 16 and 512 tokens at a time, cached or not.
+    """Batches of 1, 3, 8 and 32, shuffled, prefilled 16 and 512 tokens at a time, cached or not,
+    and with drafts or without.
 
     And scored with the bits that they were sampled with, which the script asserts.
     """
     found = digests(model)
-    assert len(found) == 10
+    assert len(found) == 12 and sum("drafts" in way for way in found) == 2
+    assert len(set(found.values())) == 1, found
+
+
+def test_rows_with_several_adapters_have_the_same_bits_in_any_batch():
+    """Alone, beside rows with others and with none, drafted for, and scored."""
+    found = digests("adapters")
+    assert len(found) == 7
     assert len(set(found.values())) == 1, found
 
 

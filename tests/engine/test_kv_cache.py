@@ -1,6 +1,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runner.engine.kv_cache import KVKind, PromptKVCache
 from runner.engine.kv_segments import Quantization
@@ -184,3 +186,56 @@ def test_rows_on_either_side_of_the_start_share_a_batch():
             step = position + (2 if row == 0 else 0)
             expected = written if position < 3 else rounded
             assert mx.array_equal(seen[row, 0, position], expected[step, row, 0, 0])
+
+
+@given(data=st.data())
+def test_several_columns_at_once_are_the_same_as_one_by_one(data):
+    """At places of each row's own, over what is to be rejected, in every layout."""
+    kind = KVKind(
+        (2, 32),
+        (2, 32),
+        mx.float32,
+        window=data.draw(st.none() | st.integers(1, 7)),
+        kept=data.draw(st.integers(0, 4)),
+        quantization=data.draw(
+            st.none() | st.builds(Quantization, st.just(4), st.just(32), st.integers(0, 9))
+        ),
+        num_spare=4,
+    )
+    starts = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=3))
+    width = data.draw(st.integers(1, 5))
+    random = np.random.default_rng(data.draw(st.integers(0, 99)))
+    tokens = mx.array(random.standard_normal((len(starts), 2, 40, 32)).astype(np.float32))
+    others = mx.array(random.standard_normal((len(starts), 2, 40, 32)).astype(np.float32))
+
+    def seen(widths: list[int], rejected: int) -> list[np.ndarray]:
+        """What each of the last queries may look at, by position."""
+        cache = kind.row_cache()
+        cache.reserve(len(starts), 40)
+
+        def forward(source: mx.array, columns: list[int], count: int) -> tuple[mx.array, mx.array]:
+            cache.begin_step(mx.array(columns), 32)
+            mask = cache.make_mask(count)
+            part = mx.stack([source[i, :, c : c + count] for i, c in enumerate(columns)])
+            keys, _ = cache.update_and_fetch(part, part)
+            return keys, mask
+
+        for column in range(max(starts)):
+            forward(tokens, [min(column, start) for start in starts], 1)
+        if rejected:
+            forward(others, starts, rejected)
+        found, done = [], 0
+        for count in widths:
+            keys, mask = forward(tokens, [start + done for start in starts], count)
+            shape = (*mask.shape[:2], count, keys.shape[2])
+            hidden = mx.broadcast_to(mask, shape)
+            for query in range(count):
+                for row in range(len(starts)):
+                    visible = np.flatnonzero(np.array(hidden[row, 0, query]))
+                    columns = np.array(keys[row, 0])[visible]
+                    found.append((done + query, row, sorted(map(bytes, columns))))
+            done += count
+        return sorted(found)
+
+    rejected = data.draw(st.integers(0, 5))
+    assert seen([width], rejected) == seen([1] * width, 0)

@@ -109,11 +109,11 @@ def test_a_prompt_that_never_fits_is_refused_and_a_shorter_one_is_not():
 
 def test_options_that_no_row_fits_are_refused():
     engine = small_engine(1, 64)
-    engine.check_params(SamplingParams(max_tokens=63), [])
+    engine.admission.check_params(SamplingParams(max_tokens=63), [])
     with pytest.raises(ParameterError, match="max_tokens=64 is not allowed: .*memory_budget is"):
-        engine.check_params(SamplingParams(max_tokens=64), [])
+        engine.admission.check_params(SamplingParams(max_tokens=64), [])
     with pytest.raises(ParameterError, match="max_tokens=None is not allowed"):
-        engine.check_params(SamplingParams(max_tokens=None), [])
+        engine.admission.check_params(SamplingParams(max_tokens=None), [])
 
 
 def test_rows_are_as_many_as_the_longest_of_them_allows():

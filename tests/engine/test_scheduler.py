@@ -218,9 +218,9 @@ def test_prompts_that_are_only_scored_need_no_row():
     assert taken(scored("a", [], 5), sampled, free_rows=1) == [["c"], ["a"]]
     assert taken(scored("a", [], 5), sampled, free_rows=2) == [["c", "a"]]
     made = offline(scored("a", [], 5))
-    assert not made.wants_rows
+    assert not made.wants_rows()
     made.add(sampled)
-    assert made.wants_rows
+    assert made.wants_rows()
 
 
 def test_scored_prompts_are_prefilled_without_those_that_are_not():

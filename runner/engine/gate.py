@@ -1,0 +1,237 @@
+"""Whether drafts pay, and how many tokens of them: policy over counters, without arrays."""
+
+from bisect import bisect_left
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from math import log2, sqrt
+
+_STALE = 64
+"""Steps after which plain decoding is timed again."""
+_FORGOTTEN = 512
+"""Steps after which a time that looked bad is not believed any more."""
+_MARGIN = 1.02
+"""How much faster drafts have to look: times are never exact."""
+_MOST_LOSS = 0.01
+"""Share of the time at a number of rows that trials there may cost, beside one plain step."""
+_KEPT_GAIN = 0.02
+"""Share of the time up to which gains make up for later losses."""
+_NUM_LOOKS = 4
+"""Steps without use after which the gate rests, where looking costs something."""
+_MOST_REST = 128
+_PRIOR = 0.6
+"""Chance of a drafted token of which nothing is known."""
+_PRIOR_WEIGHT = 2.0
+_FADING = 0.97
+
+
+@dataclass(slots=True)
+class _Score:
+    """Hits and misses, the older ones counting less."""
+
+    hits: float = 0.0
+    misses: float = 0.0
+
+    def add(self, hits: float, misses: float, *, kept: float) -> None:
+        self.hits, self.misses = self.hits * kept + hits, self.misses * kept + misses
+
+    def chance(self, prior: float) -> float:
+        total = self.hits + self.misses + _PRIOR_WEIGHT
+        return (self.hits + prior * _PRIOR_WEIGHT) / total
+
+
+class Acceptance:
+    """The chances of drafted tokens, by the row that they are for and by what drafted them.
+
+    What is known fades while it is not tried, so that a row that missed is left alone for some
+    steps and tried again later.
+    """
+
+    def __init__(self) -> None:
+        self._sources: dict[str, _Score] = {}
+        self._rows: dict[Hashable, _Score] = {}
+
+    def chance(self, row: Hashable, source: str) -> float:
+        """That the next drafted token is accepted, where those before it are."""
+        known = self._sources.get(source, _Score()).chance(_PRIOR)
+        return self._rows.get(row, _Score()).chance(known)
+
+    def record(self, row: Hashable, source: str, *, num_drafted: int, num_accepted: int) -> None:
+        """Takes how one draft did; what comes behind a wrong token says nothing."""
+        missed = num_accepted < num_drafted
+        self._rows.setdefault(row, _Score()).add(num_accepted, missed, kept=0.8)
+        self._sources.setdefault(source, _Score()).add(num_accepted, missed, kept=0.98)
+
+    def fade(self) -> None:
+        """Lets a step pass."""
+        for score in (*self._rows.values(), *self._sources.values()):
+            score.add(0.0, 0.0, kept=_FADING)
+
+    def end(self, row: Hashable) -> None:
+        """Forgets a row."""
+        self._rows.pop(row, None)
+
+
+@dataclass(slots=True)
+class _Time:
+    num_positions: int
+    seconds: float
+    step: int
+    count: int = 1
+
+
+class _Times:
+    """Seconds of a step by the positions that it forwards, as measured lately."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, _Time] = {}
+
+    @staticmethod
+    def _bucket(num_positions: int) -> int:
+        return round(4 * log2(num_positions))
+
+    def record(self, num_positions: int, seconds: float, step: int) -> None:
+        """The first step of a kind pays for its memory, so that the faster of two counts."""
+        bucket = self._bucket(num_positions)
+        time = self.known.get(bucket)
+        if time is None or step - time.step > _FORGOTTEN:
+            self.known[bucket] = _Time(num_positions, seconds, step)
+            return
+        new = min(seconds, 2 * time.seconds)  # A step that was held up says little.
+        mean = min(time.seconds, new) if time.count == 1 else 0.7 * time.seconds + 0.3 * new
+        self.known[bucket] = _Time(num_positions, mean, step, time.count + 1)
+
+    def exact(self, num_positions: int, step: int, *, most_age: int) -> float | None:
+        """The seconds that were measured, not longer ago than `most_age` steps."""
+        time = self.known.get(self._bucket(num_positions))
+        return None if time is None or step - time.step > most_age else time.seconds
+
+    def between(self, other: "_Times", num_positions: int) -> float:
+        """What the nearest measured times say; beyond the largest, as if it grew by the root.
+
+        So a size that has not been tried looks somewhat better than it may be, and is tried, the
+        smaller ones first.
+        """
+        found = {it.num_positions: it.seconds for it in other.known.values()}
+        found |= {it.num_positions: it.seconds for it in self.known.values()}
+        sizes = sorted(found)
+        place = bisect_left(sizes, num_positions)
+        if place == len(sizes):
+            return found[sizes[-1]] * sqrt(num_positions / sizes[-1])
+        above = sizes[place]
+        if place == 0 or above == num_positions:
+            return found[above]
+        below = sizes[place - 1]
+        share = (num_positions - below) / (above - below)
+        return found[below] * (1 - share) + found[above] * share
+
+
+@dataclass(slots=True)
+class _Account:
+    """What drafts gained over plain steps, or lost, at about one number of rows."""
+
+    spent: float = 0.0
+    gained: float = 0.0
+
+    def add(self, seconds: float, gain: float) -> None:
+        self.spent += seconds
+        self.gained = min(self.gained + gain, _KEPT_GAIN * self.spent)
+
+    def allows(self, plain: float) -> bool:
+        return self.gained >= -_MOST_LOSS * self.spent - plain
+
+
+class Gate:
+    """Chooses how many tokens are drafted, none where plain decoding is faster.
+
+    It compares tokens per second, as measured on the machine at hand for the number of rows there
+    are: those of plain steps with those that verify steps would have, by their own measured times
+    and by the chances of the drafts. As the batch drains, a row's share of a step grows, and drafts
+    begin to pay.
+    """
+
+    def __init__(self, *, rests: bool = False) -> None:
+        """With `rests`, does without looking for a while where looking was of no use.
+
+        That is where a step can be launched before the one before it is read, unless drafts are to
+        be made of what was read.
+        """
+        self._rests = rests
+        self._plain, self._verify = _Times(), _Times()
+        self._step = self._num_live = 0
+        self._accounts: dict[int, _Account] = {}
+        self._num_idle = 0
+        self._resting = 4 if rests else 0  # Plain steps to compare with.
+        self._next_rest = _NUM_LOOKS
+
+    @property
+    def looks(self) -> bool:
+        """Whether the next step may use drafts, and so needs the draws before it."""
+        return self._resting == 0
+
+    def pass_step(self) -> None:
+        """Counts a step that is launched without looking."""
+        self._step += 1
+        self._resting = max(0, self._resting - 1)
+
+    def width(self, num_rows: int, lengths: Sequence[int], chances: Sequence[float]) -> int:
+        """Positions to forward per row: 1 decodes plainly.
+
+        Args:
+            num_rows: slots of the batch, empty ones included.
+            lengths: tokens drafted for each live row.
+            chances: of each row's drafted tokens to be accepted, one after another.
+        """
+        self._step, self._num_live = self._step + 1, len(lengths)
+        chosen = self._best(num_rows, lengths, chances) if any(lengths) else 1
+        self._num_idle = 0 if chosen > 1 else self._num_idle + 1
+        if chosen > 1:
+            self._next_rest = _NUM_LOOKS
+        elif self._rests and self._num_idle >= _NUM_LOOKS:
+            self._resting, self._num_idle = self._next_rest, _NUM_LOOKS // 2
+            self._next_rest = min(2 * self._next_rest, _MOST_REST)
+        return chosen
+
+    def _best(self, num_rows: int, lengths: Sequence[int], chances: Sequence[float]) -> int:
+        # Where steps overlap, a plain one is timed while the gate rests.
+        most_age = _FORGOTTEN if self._rests else _STALE
+        plain = self._plain.exact(num_rows, self._step, most_age=most_age)
+        if plain is None or not self._account(num_rows).allows(plain):
+            return 1
+        most = max(lengths) + 1
+        widths = sorted({min(most, 1 + 2**i) for i in range(6)} | {most})
+        best, least = 1, _MARGIN * len(lengths) / plain
+        for width in widths:
+            tokens = sum(map(lambda n, p: _expected(min(n, width - 1), p), lengths, chances))
+            speed = tokens / self._seconds(num_rows * width)
+            if speed > least:
+                best, least = width, speed
+        return best
+
+    def _account(self, num_rows: int) -> _Account:
+        return self._accounts.setdefault(num_rows.bit_length(), _Account())
+
+    def _seconds(self, num_positions: int) -> float:
+        found = self._verify.exact(num_positions, self._step, most_age=_FORGOTTEN)
+        return self._verify.between(self._plain, num_positions) if found is None else found
+
+    def record(
+        self, num_rows: int, width: int, seconds: float, *, num_tokens: int, looked: bool = True
+    ) -> None:
+        """Takes the time of a step of `num_rows` slots and `width` positions each, and its tokens.
+
+        What drafts gained over plain steps, or lost, decides whether more may be tried.
+        """
+        plain = self._plain.exact(num_rows, self._step, most_age=_FORGOTTEN)
+        gain = 0.0
+        if width > 1 and plain is not None:
+            gain = num_tokens / self._num_live * plain - seconds
+        self._account(num_rows).add(seconds, gain)
+        if width > 1:
+            self._verify.record(num_rows * width, seconds, self._step)
+        elif looked != self._rests:
+            self._plain.record(num_rows, seconds, self._step)
+
+
+def _expected(num_drafted: int, chance: float) -> float:
+    """Tokens that a row gets of a step: its own draw, and one for each drafted token accepted."""
+    return sum(chance**place for place in range(num_drafted + 1))

@@ -1,0 +1,1 @@
+"""Learning from rollouts: the trainer of an adapter, its checkpoints and its curve."""
