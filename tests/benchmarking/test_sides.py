@@ -12,8 +12,9 @@ import pytest
 
 from runner import LLM
 from runner.benchmarking import mlx_lm_side, peers
+from runner.benchmarking.adapting import load_adapters
 from runner.benchmarking.child import Child
-from runner.benchmarking.engine_side import Run, run_engine, timed, weights_bytes
+from runner.benchmarking.engine_side import Run, requests, run_engine, timed, weights_bytes
 from runner.benchmarking.measure import measure, result
 from runner.benchmarking.peers import Peers, Side
 from runner.benchmarking.processes import batch_invariant_engine, stock_mlx_lm
@@ -230,3 +231,31 @@ def test_prompts_one_by_one_are_never_in_one_batch(llm):
     before = llm.engine.stats.num_row_steps
     assert timed(llm, run_engine, workload).num_tokens == 10
     assert llm.engine.stats.num_row_steps - before == 10, "a row a step"
+
+
+def test_rows_use_adapters_in_turn_beside_one_and_none(tiny_directory):
+    llm = LLM(tiny_directory, max_batch_size=4)
+    workload = Workload(
+        "adapters", [[5, 6, 7], [8, 9, 10], [4, 4]], 1, [6] * 3, 0.0, num_adapters=2
+    )
+    options = {"model": str(tiny_directory)}
+    with Peers(llm, ["mlx_lm"], options=options, stock_rows=1) as peers_of:
+        sides = peers_of.sides(workload)
+        assert [side.name for side in sides] == ["runner", "one adapter", "no adapter"]
+        for side, names in zip(sides, ([0, 1, 0], [0, 0, 0], None), strict=True):
+            wanted = [None] * 3 if names is None else [f"benchmark-{it}" for it in names]
+            assert [it.adapter for it in requests(side.workload)] == wanted
+            assert side.run(side.workload).num_tokens == 18
+    assert llm.adapters.keys() == {"benchmark-0", "benchmark-1"}
+
+
+def test_the_adapters_of_a_benchmark_change_what_is_said(tiny_directory):
+    llm = LLM(tiny_directory)
+    load_adapters(llm, 2)
+    assert len(set(llm.adapters.values())) == 2
+    text = "a text to be scored"
+    plain, one, other = (
+        llm.score([text], adapter=name, use_tqdm=False)[0].logprobs[1:]
+        for name in (None, "benchmark-0", "benchmark-1")
+    )
+    assert not np.array_equal(plain, one) and not np.array_equal(one, other)
