@@ -52,9 +52,11 @@ class StubLLM:
         blas = SimpleNamespace(name="none", warning=None)
         memory = SimpleNamespace(num_bytes=0)
         self.engine = SimpleNamespace(
-            stats=EngineStats(), max_batch_size=64, memory=memory, clear_prefix_cache=lambda: None
-        )
+            stats=EngineStats(), max_batch_size=64, memory=memory, clear_prefix_cache=lambda: None,
+            speculation=None,
+        )  # fmt: skip
         self.batch_size_choice = None
+        self.adapters: dict[str, str] = {}
         self.loaded = LoadedModel(
             model=None, tokenizer=None, name="stub", path=path, dtype="float32",
             max_model_len=256, blas=blas, device="cpu",

@@ -65,7 +65,8 @@ class KVOptions:
                 raise _refused(name, getattr(self, name), what)
         if self.kv_bits is not None:
             self._check_dims(kinds)
-        return [self._spared(self._changed(kind)) for kind in kinds]
+        changed = [self._changed(kind) for kind in kinds]
+        return [self._spared(kind) for kind in changed] if self.num_spare else changed
 
     def _spared(self, kind: LayerKind) -> LayerKind:
         if isinstance(kind, ListKind):
