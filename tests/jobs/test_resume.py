@@ -155,7 +155,7 @@ def test_a_disk_that_refuses_stops_the_run_which_goes_on_later(place):
     assert results(place / "out").height == 24
 
 
-@pytest.mark.parametrize("size", [0, 1300])
+@pytest.mark.parametrize("size", [0, 1500])
 @pytest.mark.parametrize("job", ["generate", "openai_batch"])
 def test_a_disk_without_room_for_a_beginning_is_one_line(job, size, place):
     request = {
