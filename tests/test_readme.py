@@ -42,7 +42,7 @@ def test_every_block_runs(tmp_path: Path) -> None:
         for kind, code in BLOCKS
         if kind in ("bash", "python") and code not in INSTALLS
     ]
-    assert len(ran) == 11, "a block was added or lost: is it run here or in .ci/run?"
+    assert len(ran) == 13, "a block was added or lost: is it run here or in .ci/run?"
     answers = pl.scan_ipc(tmp_path / "answers" / "part-*.arrow").collect()
     assert "Paris" in answers.filter(pl.col("level") == 1)["text"][0]
     groups = pl.scan_ipc(tmp_path / "rollouts" / "part-*.arrow").collect()
@@ -62,11 +62,12 @@ def test_the_installation_lines_are_those_that_ci_runs() -> None:
 
 
 def test_the_columns_of_the_table_are_those_of_the_schema() -> None:
-    from runner.data.schemas import RESULT_COLUMNS
+    from runner.data.schemas import ECHO_FIELDS
 
     section = README.partition("## What a row of results holds")[2].partition("\n## ")[0]
     cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == RESULT_COLUMNS
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert named == {field.name for field in ECHO_FIELDS}
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:
