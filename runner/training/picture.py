@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 _INK, _LINE = "#333333", "#0072B2"
 _SMOOTHED = 5
@@ -41,5 +42,11 @@ def _curve(axes: Any, name: str, metrics: Sequence[Mapping[str, Any]], *, color:
     rewards = np.array([it["reward_mean"] for it in metrics], float)  # null is NaN, a gap
     steps = np.arange(1, len(rewards) + 1)
     axes.plot(steps, rewards, ".", color=color, alpha=0.4, markersize=5)
-    smooth = [np.nanmean(rewards[max(0, i + 1 - _SMOOTHED) : i + 1]) for i in range(len(rewards))]
-    axes.plot(steps, smooth, color=color, linewidth=2, label=name)
+    axes.plot(steps, _smoothed(rewards), color=color, linewidth=2, label=name)
+
+
+def _smoothed(rewards: npt.NDArray[np.float64]) -> list[float]:
+    """For each step the mean of the latest ones that have a reward; NaN without any."""
+    latest = [rewards[max(0, end - _SMOOTHED) : end] for end in range(1, len(rewards) + 1)]
+    known = [part[~np.isnan(part)] for part in latest]
+    return [float(part.mean()) if len(part) else np.nan for part in known]

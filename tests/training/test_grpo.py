@@ -8,43 +8,10 @@ import numpy as np
 import pytest
 import tiny
 from mlx.utils import tree_flatten
+from tiny_training import experiences, logprobs, trainer
 
 from runner.errors import ParameterError
-from runner.training.grpo import Experience, GRPOTrainer, LoraShape, Objective
-
-PROMPT = [5, 6, 7, 8]
-
-
-def logprobs(model: Any, prompt: list[int], completion: list[int], temperature: float) -> Any:
-    """Of each completion token, in float64, by a full forward."""
-    logits = np.array(model(mx.array([prompt + completion])))[0].astype(np.float64) / temperature
-    rows = logits[len(prompt) - 1 : -1]
-    normalizer = np.log(np.exp(rows - rows.max(-1, keepdims=True)).sum(-1)) + rows.max(-1)
-    return rows[np.arange(len(completion)), completion] - normalizer
-
-
-def experiences(model: Any, *, temperature: float = 1.0, count: int = 6) -> list[Experience]:
-    """Random completions with the logprobs that `model` gives them, half of them good."""
-    random = np.random.default_rng(3)
-    found = []
-    for index in range(count):
-        prompt = PROMPT[: 1 + index % 4]
-        completion = random.integers(3, tiny.VOCAB_SIZE, size=2 + index).tolist()
-        found.append(
-            Experience(
-                prompt_token_ids=prompt,
-                completion_token_ids=completion,
-                behaviour_logprobs=logprobs(model, prompt, completion, temperature).tolist(),
-                advantage=1.0 if index % 2 else -0.5,
-            )
-        )
-    return found
-
-
-def trainer(model: Any, objective: Objective | None = None, **options: Any) -> GRPOTrainer:
-    shape = LoraShape(rank=4, scale=2.0, num_layers=options.pop("num_layers", -1))
-    given = {"learning_rate": 1e-2, "seed": 1} | options
-    return GRPOTrainer(model, shape, objective or Objective(temperature=1.0), **given)
+from runner.training.grpo import GRPOTrainer, LoraShape, Objective
 
 
 def merged(model_seed: int, one: GRPOTrainer) -> Any:
