@@ -20,7 +20,7 @@ def model() -> Any:
 
 
 def steps(directory: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (directory / METRICS_FILE).read_text().split()]
+    return [json.loads(line)["step"] for line in (directory / METRICS_FILE).read_text().splitlines()]
 
 
 def test_a_training_begins_at_the_first_step(model, tmp_path):
