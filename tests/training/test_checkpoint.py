@@ -20,7 +20,8 @@ def model() -> Any:
 
 
 def steps(directory: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (directory / METRICS_FILE).read_text().splitlines()]
+    lines = (directory / METRICS_FILE).read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
 
 
 def test_a_training_begins_at_the_first_step(model, tmp_path):
