@@ -48,32 +48,34 @@ class DigestTable:
 
     def get(self, key: bytes) -> bytes:
         """What was set for a digest; zeros for none."""
-        memory, shift = self._table
-        at = self._find(memory, shift, key)
-        return memory[at + DIGEST_BYTES : at + self._width]
+        _, entry = self._find(*self._table, key)
+        return entry[DIGEST_BYTES:]
 
     def set(self, key: bytes, value: bytes) -> bytes:
         """Sets the value of a digest; returns the one before."""
         assert len(value) == len(self._none) and value != self._none, "zeros stand for none"
         memory, shift = self._table
-        at = self._find(memory, shift, key)
-        before = memory[at + DIGEST_BYTES : at + self._width]
+        at, entry = self._find(memory, shift, key)
+        before = entry[DIGEST_BYTES:]
         if before == self._none:
             while self._is_full(memory, at):
                 self._grow()
                 memory, shift = self._table
-                at = self._find(memory, shift, key)
+                at, _ = self._find(memory, shift, key)
             self._num_digests += 1
         memory[at : at + self._width] = key + value
         return before
 
-    def _find(self, memory: mmap, shift: int, key: bytes) -> int:
-        """Where a digest is, or else belongs: the last place is always empty."""
+    def _find(self, memory: mmap, shift: int, key: bytes) -> tuple[int, bytes]:
+        """Where a digest is, or else belongs, and what is there: the last place is always empty.
+
+        Who asks has to look at this and not once more: another digest may have come meanwhile.
+        """
         width, empty = self._width, self._empty
         at = (int.from_bytes(key[:8], "big") >> shift) * width
         while not (entry := memory[at : at + width]).startswith(key) and entry != empty:
             at += width
-        return at
+        return at, entry
 
     def _is_full(self, memory: mmap, at: int) -> bool:
         is_dense = 3 * (self._num_digests + 1) > 2 << self._bits

@@ -3,6 +3,7 @@
 import random
 import threading
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -81,6 +82,22 @@ def test_it_takes_a_few_bytes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digests, "_COPIED", 4096)
     ids = RowIds(str(number) for number in range(50_000))
     assert len(ids._digests._table[0]) < 17 * 3.01 * 50_000
+
+
+def test_a_digest_that_comes_while_another_is_asked_for_is_not_taken_for_it() -> None:
+    table = DigestTable(1)
+    asked, comes = bytes(15) + b"\1", bytes(15) + b"\2"  # Both begin in the first place.
+    find = table._find
+
+    def found(*arguments: Any) -> Any:
+        there = find(*arguments)
+        if arguments[-1] == asked:
+            table.set(comes, b"\1")
+        return there
+
+    table._find = found  # type: ignore[method-assign]
+    assert table.get(asked) == b"\0"
+    assert table.get(comes) == b"\1"
 
 
 def test_another_thread_may_ask_while_it_grows() -> None:

@@ -66,7 +66,8 @@ def test_quantised_rows_equal_a_forward_that_rounds_every_token_once(model, widt
 
 @pytest.mark.parametrize("model", ["sinks", "latent", "hybrid", "list", "shared", "grouped"])
 def test_quantised_rows_of_other_architectures(model):
-    check(MODELS[model], requests(count=5), EDGES, **bits(2, 3))
+    # Of few rows, a few that meet an edge are a larger share.
+    check(MODELS[model], requests(count=10), EDGES - 0.2, **bits(2, 3))
 
 
 @pytest.mark.parametrize("size", [5, 12, 40])

@@ -108,7 +108,7 @@ def test_a_baseline_is_what_the_job_writes(path, written):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"workloads": ["decod"]}, "decod is not there: group, mixed, decode, score"),
+        ({"workloads": ["decod"]}, "decod is not there: group, mixed, decode, adapters, score"),
         ({"compare": "pip"}, "pip is not there: mlx_lm, stock, batch_invariant"),
         ({"compare": []}, r"job.compare=\[\]"),
         ({"rounds": 0}, "job.rounds=0"),
