@@ -14,10 +14,10 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from runner.data.schemas import RESULT_FIELDS
-from runner.errors import ParameterError, RewardError
+from runner.errors import ParameterError
 from runner.job import RunContext
 from runner.models.load import Loader
-from runner.rewards import RewardRunner, group_advantages
+from runner.rewards import RewardRunner, reward_columns
 from runner.rows import NamedRow
 from runner.training.checkpoint import METRICS_FILE, Checkpoints
 from runner.training.grpo import Experience, GRPOTrainer, LoraShape, Objective, UpdateStats
@@ -141,17 +141,21 @@ def check_sampling(params: SamplingParams, *, kl_coefficient: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """A prompt's completions with what they earned."""
+    """A prompt's completions, and what each of them earned, by its index."""
 
-    row: NamedRow
     output: RequestOutput
-    rewards: list[float | None]
-    advantages: list[float | None]
+    columns: dict[int, dict[str, Any]]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Of the completions that have one."""
+        found = [given.get("reward") for given in self.columns.values()]
+        return [reward for reward in found if reward is not None]
 
     def experiences(self) -> Iterator[Experience]:
         """Those of its completions that say something: with an advantage."""
-        for sample, advantage in zip(self.output.outputs, self.advantages, strict=True):
-            if advantage:
+        for sample in self.output.outputs:
+            if advantage := self.columns[sample.index].get("advantage"):
                 yield Experience(
                     prompt_token_ids=self.output.prompt_token_ids,
                     completion_token_ids=sample.token_ids,
@@ -180,7 +184,8 @@ class _Loop:
 
     def run(self) -> None:
         """Does the steps that are left; an interrupt ends them after the last whole one."""
-        first = self._checkpoints.restore()
+        num_whole = self._context.writer.totals.rows // self._schedule.prompts_per_step
+        first = self._checkpoints.restore(num_whole)
         self._swap()
         for step in range(first, self._schedule.steps):
             started = time.monotonic()
@@ -241,18 +246,12 @@ class _Loop:
 
     def _rewarded(self, step: int, row: NamedRow, output: RequestOutput) -> _Group:
         found = self._rewards.submit([sample.text for sample in output.outputs], row.row).result()
-        rewards = [None if isinstance(it, RewardError) else it for it in found]
-        advantages = group_advantages(rewards, normalize=self._normalize)
-        columns: dict[int, dict[str, Any]] = {}
-        pairs = zip(output.outputs, found, rewards, advantages, strict=True)
-        for sample, it, reward, advantage in pairs:
-            columns[sample.index] = {"step": step, "reward": reward, "advantage": advantage}
-            if isinstance(it, RewardError):
-                columns[sample.index]["error"] = {"type": "RewardError", "message": str(it)}
+        columns = reward_columns(output.outputs, found, normalize=self._normalize)
         self._context.count(output)
         if output.request_id not in self._context.writer.done_rows:
-            self._context.write(row.row, output, columns)
-        return _Group(row, output, rewards, advantages)
+            at = {index: {"step": step} | given for index, given in columns.items()}
+            self._context.write(row.row, output, at)
+        return _Group(output, columns)
 
     def _learn(self, groups: Sequence[_Group]) -> list[UpdateStats]:
         """Updates on what the groups show; nothing where all of a group earned the same."""
@@ -275,7 +274,7 @@ class _Loop:
 
 
 def _metrics(groups: Sequence[_Group], stats: Sequence[UpdateStats]) -> dict[str, Any]:
-    rewards = [it for group in groups for it in group.rewards if it is not None]
+    rewards = [it for group in groups for it in group.rewards]
     lengths = [len(it.token_ids) for group in groups for it in group.output.outputs]
     first = stats[0] if stats else None
     return {

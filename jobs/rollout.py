@@ -1,10 +1,7 @@
 """Samples a group of completions per row, rewards each, and writes group-relative advantages."""
 
 from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import asdict
-from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -13,9 +10,9 @@ from runner.certificate import Certificate
 from runner.errors import ParameterError, RewardError
 from runner.job import RunContext
 from runner.models.load import Loader
-from runner.rewards import RewardRunner, group_advantages
+from runner.rewards import RewardRunner, reward_columns
 from runner.rows import Row
-from runner.types import Completion, ErrorInfo, RequestOutput
+from runner.types import RequestOutput
 
 Rewards = list[float | RewardError]
 
@@ -92,26 +89,5 @@ class _Groups:
             self._write(*self._waiting.popleft())
 
     def _write(self, row: Row, output: RequestOutput, future: "Future[Rewards]") -> None:
-        pairs = list(zip(output.outputs, future.result(), strict=True))
-        numbers = [_number(sample, reward) for sample, reward in pairs]
-        advantages = group_advantages(numbers, normalize=self._normalize)
-        scores = {
-            sample.index: _columns(sample, reward, advantage)
-            for (sample, reward), advantage in zip(pairs, advantages, strict=True)
-        }
-        self._context.write(row, output, scores)
-
-
-def _number(sample: Completion, reward: float | RewardError) -> float | None:
-    """The reward, if the sample is whole and has one."""
-    if sample.finish_reason == "error" or isinstance(reward, RewardError):
-        return None
-    return reward
-
-
-def _columns(
-    sample: Completion, reward: float | RewardError, advantage: float | None
-) -> Mapping[str, Any]:
-    if isinstance(reward, RewardError) and sample.finish_reason != "error":
-        return {"error": asdict(ErrorInfo("RewardError", str(reward)))}
-    return {"reward": _number(sample, reward), "advantage": advantage}
+        columns = reward_columns(output.outputs, future.result(), normalize=self._normalize)
+        self._context.write(row, output, columns)

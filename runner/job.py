@@ -55,8 +55,8 @@ class RunContext:
     leaving it commits what was written, whatever happened.
 
     `fields` are the columns of its results before those of the input; without them it completes
-    prompts. With `is_corpus` the numbers
-    are about all rows together, so that a run goes on with the same rows only. `retry_errors`
+    prompts. With `is_corpus` the numbers are about all rows together, so that a run goes on with
+    the same rows only. `retry_errors`
     does the rows with an error again; each stays until its replacement is committed. `load_model`
     gives the model in place of reading its files. `total` is how many rows there will be, where it
     is not one for each of the input.

@@ -11,9 +11,11 @@ import statistics
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 from runner.errors import RewardError
+from runner.types import Completion, ErrorInfo
 
 Row: TypeAlias = Mapping[str, Any]
 RewardFunction: TypeAlias = Callable[[str, Row], float | Awaitable[float]]
@@ -97,6 +99,31 @@ def group_advantages(
     mean = statistics.fmean(present)
     scale = statistics.pstdev(present, mean) + epsilon if normalize else 1.0
     return [None if reward is None else (reward - mean) / scale for reward in rewards]
+
+
+def reward_columns(
+    samples: Sequence[Completion], rewards: Sequence[float | RewardError], *, normalize: bool
+) -> dict[int, dict[str, Any]]:
+    """The columns `reward` and `advantage`, or `error`, of a group's samples, by their index.
+
+    A sample that is not whole has no reward, whatever its function said.
+    """
+    pairs = list(zip(samples, rewards, strict=True))
+    numbers = [_number(sample, reward) for sample, reward in pairs]
+    advantages = group_advantages(numbers, normalize=normalize)
+    columns: dict[int, dict[str, Any]] = {}
+    for (sample, reward), number, advantage in zip(pairs, numbers, advantages, strict=True):
+        columns[sample.index] = {"reward": number, "advantage": advantage}
+        if isinstance(reward, RewardError) and sample.finish_reason != "error":
+            columns[sample.index] = {"error": asdict(ErrorInfo("RewardError", str(reward)))}
+    return columns
+
+
+def _number(sample: Completion, reward: float | RewardError) -> float | None:
+    """The reward, if the sample is whole and has one."""
+    if sample.finish_reason == "error" or isinstance(reward, RewardError):
+        return None
+    return reward
 
 
 class RewardRunner:

@@ -28,20 +28,26 @@ class Checkpoints:
         self._directory, self._trainer = directory, trainer
         self._size = 0
 
-    def restore(self) -> int:
-        """Brings the trainer to where it was; the first step that is left to do."""
-        step = self._read()
+    def restore(self, num_whole: int) -> int:
+        """Brings the trainer to where it was; the first step that is left to do.
+
+        `num_whole` steps have their rows. A checkpoint beyond these is of results that were
+        removed or damaged: training begins anew, and comes by the same way.
+        """
+        step = self._read(num_whole)
         file = self._directory / METRICS_FILE
         lines = file.read_bytes().splitlines(keepends=True)[:step] if file.exists() else []
         self._size = sum(map(len, lines))
         return step
 
-    def _read(self) -> int:
+    def _read(self, num_whole: int) -> int:
         file = self._directory / CHECKPOINT_FILE
         if not file.exists():
             return 0
         loaded: Any = mx.load(str(file), return_metadata=True)
         arrays, metadata = loaded
+        if int(metadata[_STEP]) > num_whole:
+            return 0
         parts = [
             {name.removeprefix(kind): it for name, it in arrays.items() if name.startswith(kind)}
             for kind in (_ADAPTER, _OPTIMIZER)

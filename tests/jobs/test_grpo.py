@@ -14,6 +14,7 @@ from runner.jobs.grpo import Schedule, check_sampling
 from runner.types import SamplingParams
 
 REWARDS = """
+import contextlib
 import os
 import signal
 
@@ -21,9 +22,11 @@ def even(text, row):
     return float(len(text) % 2)
 
 def stopping(text, row):
-    if os.path.exists("stop") and row["prompt"] == "count 3":
-        os.remove("stop")
-        os.kill(os.getpid(), signal.SIGINT)
+    if row["prompt"] == "count 3":
+        # Rewards run in threads: the first that takes the file away sends the signal.
+        with contextlib.suppress(FileNotFoundError):
+            os.remove("stop")
+            os.kill(os.getpid(), signal.SIGINT)
     return even(text, row)
 
 def failing(text, row):
@@ -110,6 +113,18 @@ def test_an_interrupted_training_ends_like_one_that_was_not(place):
     one, other = ((place / it / "adapter/adapters.safetensors") for it in ("again", "out"))
     assert one.read_bytes() == other.read_bytes()
     assert "already" in succeed(*again, cwd=place)
+
+
+def test_results_that_are_gone_are_made_again_by_the_same_way(place):
+    succeed(*arguments(), cwd=place)
+    rows, before = results(place / "out").drop("weight_versions"), metrics(place / "out")
+    (place / "out" / "part-00001.arrow").unlink()
+    succeed(*arguments(), cwd=place)
+    assert results(place / "out").drop("weight_versions").equals(rows)
+    assert metrics(place / "out") == before
+    succeed(*arguments("output.overwrite=true", "job.learning_rate=0.02"), cwd=place)
+    assert results(place / "out").height == rows.height
+    assert metrics(place / "out")[:1] != before[:1], "it began anew"
 
 
 def test_the_reference_is_the_model_without_adapter(place):
