@@ -284,8 +284,7 @@ class LLM:
     @property
     def adapters(self) -> dict[str, str]:
         """The adapters that are loaded: the digest of each one's content, by name."""
-        loaded = self.engine.adapters
-        return {name: loaded.digest(name) for name in loaded.names}
+        return self.engine.adapters.digests
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; rows in flight end with it, and requests that wait for it fail."""
