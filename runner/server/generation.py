@@ -35,7 +35,7 @@ async def _answer(service: Service, http: Request, body: dict[str, Any]) -> Resp
     deadline, name = Deadline(service.settings.request_timeout), uuid.uuid4().hex
     asked: Sequence[PromptRequest] = await deadline.of(service.encoded(request, name))
     record = record_of(http)
-    record.admit(request, asked, service.model_of(request))
+    record.admit(asked, model=service.model_of(request), stream=request.stream)
     if not request.stream:
         outputs = await deadline.of(unless_gone(http, service.outputs(asked)))
         for output in outputs:
