@@ -23,8 +23,16 @@ def text_offsets(text: str, token_ids: Sequence[int], token_bytes: TokenBytes) -
     for token_id in token_ids:
         token = token_bytes(token_id)
         if token and pending.getstate()[0] and token[0] & 0xC0 != 0x80:
-            # It begins a character, so the one before it stays unfinished.
-            place += _num_passed(text, place, pending.decode(b"", final=True))
+            # It begins a character, so the one before it stays unfinished; or else the text leaves
+            # it out, and what comes behind it goes on with that one.
+            begun = pending.getstate()
+            broken = pending.decode(b"", final=True)
+            said = broken + codecs.getincrementaldecoder("utf-8")("replace").decode(token)
+            if not said.startswith(text[place : place + len(said)]):
+                pending.setstate(begun)
+                yield place
+                continue
+            place += _num_passed(text, place, broken)
         yield place
         place += _num_passed(text, place, pending.decode(token))
 
