@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness itself, offline, on the weights that the jobs read.
 
-Run where its packages are: `uv run --with "lm-eval[hf]" --with torch pytest -m harness`. They are in no
-dependency group: resolving PyTorch would pin what the CUDA backends may install.
+Run where its packages are: `uv run --with "lm-eval[hf]" --with torch pytest -m harness`.
+They are in no dependency group: resolving PyTorch would pin what the CUDA backends may install.
 """
 
 import json
