@@ -192,18 +192,9 @@ def test_as_a_user_runs_it_and_again(place):
         (["job.answer_column=answer"], "an answer is one of job.choices_column"),
         ([*OPTIONS, "job.completion_column=answer"], "give one of them"),
         (["job.choices_column=choices", "job.answer_column=choices"], "not text or an integer"),
-        (["sampling.top_k=5"], "sampling.top_k means nothing to score"),
-        (["sampling.echo=true"], "sampling.echo means nothing to score"),
-        (["data.path=empty.jsonl"], "no rows"),
-        (["data.path=empty.txt"], "is empty"),
-        (["data.path=numbers.jsonl"], "has the type int64, not text"),
-        (["reward=last_number"], "reward means nothing to score"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(place, options, message):
-    for name in ("empty.jsonl", "empty.txt"):
-        (place / name).touch()
-    write_jsonl(place / "numbers.jsonl", [{"prompt": 5}])
+def test_columns_that_cannot_be_scored_are_named(place, options, message):
     base = ("score", "model.path=tiny", "data.path=rows.jsonl", "output.dir=out")
     assert message in refused(*base, *options, cwd=place)
 
