@@ -102,7 +102,7 @@ def _run_hydra(task: Callable[[DictConfig], None]) -> None:
     try:
         main(noted)()
     except OSError as error:
-        if is_running:
+        if is_running or error.filename is None:  # Some of Hydra's own are OSErrors too.
             raise
         what = f"output.dir: {error.filename} cannot be made: {error.strerror}"
         raise OutputError(what) from error

@@ -120,7 +120,8 @@ class Runner:
             raise ValueError("[matmul] a shape")
         found = np.zeros((*ids.shape, 16), np.float32)
         for (at, place), token_id in np.ndenumerate(ids):
-            start = max(positions) if self.fault == "one offset" else positions[at]
+            is_one = self.fault == "one offset" and ids.shape[1] > 1
+            start = max(positions) if is_one else positions[at]
             self.columns[at][start + place] = int(token_id)
             last = start + (ids.shape[1] - 1 if self.fault == "sees ahead" else place)
             for column in range(last + 1):

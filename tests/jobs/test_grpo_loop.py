@@ -61,7 +61,8 @@ def sample(index: int, reward: float, *, reason: Any = "stop") -> Completion:
 
 
 def output(name: str, *rewards: float) -> RequestOutput:
-    return RequestOutput(name, "p", [5, 6], [sample(i, it) for i, it in enumerate(rewards)])
+    samples = [sample(i, it) for i, it in enumerate(rewards)]
+    return RequestOutput(request_id=name, prompt="p", prompt_token_ids=[5, 6], outputs=samples)
 
 
 class Trainer:
@@ -80,7 +81,10 @@ class Trainer:
 def loop(
     context: Context, *, rows: int = 5, size: int = 2, updates: int = 1, trainer: Any = None
 ) -> _Loop:
-    named = [NamedRow({"i": i}, f"row-{i}", f"key-{i}", f"prompt {i}") for i in range(rows)]
+    named = [
+        NamedRow(row={"i": i}, row_id=f"row-{i}", key=f"key-{i}", prompt=f"prompt {i}")
+        for i in range(rows)
+    ]
     schedule = Schedule(steps=9, prompts_per_step=size, updates_per_step=updates)
     made: Any = (context, named, Rewards(), trainer or Trainer(), schedule)
     return _Loop(*made, normalize=True)
@@ -209,7 +213,7 @@ def test_metrics_are_those_of_all_completions_and_of_the_first_update():
 
 
 def test_of_nothing_there_are_no_metrics():
-    found = _metrics([_Group(RequestOutput("r", None, [5]), {})], [])
+    found = _metrics([_Group(output("r"), {})], [])
     assert found == {
         "reward_mean": None, "reward_stderr": None, "completion_tokens_mean": None,
         "first_ratio_deviation": None, "updates": [],
