@@ -165,6 +165,12 @@ def test_bad_rows_are_rows_with_an_error(place):
     assert good["is_correct"].to_list() == [None, good["is_chosen"][1]]
 
 
+def test_the_speed_is_of_rows_and_not_of_choices(place):
+    assert run(place, *OPTIONS).height == 8
+    found = json.loads((place / "out" / "summary.json").read_text())["run"]
+    assert found["rows_per_hour"] == pytest.approx(len(ROWS) / found["seconds"] * 3600)
+
+
 def test_as_a_user_runs_it_and_again(place):
     base = ("score", "model.path=tiny", "data=multiple_choice", "output.dir=out", *OPTIONS)
     printed = succeed(*base, "output.shard_rows=8", cwd=place)
