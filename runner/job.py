@@ -306,7 +306,8 @@ class RunContext:
     def _save_summary(self, state: State = "running") -> dict[str, Any]:
         """Tells of a commit, in the thread that made it."""
         seconds = time.monotonic() - self._started
-        numbers = summary(self.writer, self.llm, total=self._num_rows, seconds=seconds)
+        total, rows = self._num_rows, self._watch.num_rows
+        numbers = summary(self.writer, self.llm, total=total, num_rows=rows, seconds=seconds)
         numbers |= {"state": state} | dict(self.summarize(self.writer.totals)) | self._certified
         self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
         reward = numbers["reward"]

@@ -17,10 +17,13 @@ from runner.llm import LLM
 _PACKAGES = ("mlx", "mlx-lm", "transformers", "pyarrow")
 
 
-def summary(writer: ResultWriter, llm: LLM, *, total: int | None, seconds: float) -> dict[str, Any]:
+def summary(
+    writer: ResultWriter, llm: LLM, *, total: int | None, num_rows: int, seconds: float
+) -> dict[str, Any]:
     """The content of `summary.json`: all results that are committed, and the speed of this run.
 
-    `total` is the number of input rows; None where only reading them all would tell.
+    `total` is the number of input rows; None where only reading them all would tell. `num_rows` of
+    them were finished in this run, which has taken more from the input by now.
     """
     stats = llm.engine.stats
     return writer.totals.report() | {
@@ -33,7 +36,7 @@ def summary(writer: ResultWriter, llm: LLM, *, total: int | None, seconds: float
             "scored_tokens": stats.num_scored_tokens,
             "completion_tokens": stats.num_completion_tokens,
             "tokens_per_second": stats.num_completion_tokens / seconds,
-            "rows_per_hour": stats.num_requests / seconds * 3600,
+            "rows_per_hour": num_rows / seconds * 3600,
             "batch_occupancy": stats.occupancy,
             "max_batch_size": llm.engine.max_batch_size,
             "max_batch_size_auto": _auto(llm),

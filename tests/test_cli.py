@@ -213,6 +213,25 @@ def test_a_usage_error_leaves_a_directory_that_holds_something(workplace: Path) 
     assert (workplace / "kept" / "file").exists()
 
 
+@pytest.mark.parametrize("directory", ["taken", "taken/below", "taken/below/further"])
+@pytest.mark.parametrize("flags", [(), ("-m",)], ids=["alone", "sweep"])
+def test_a_directory_that_cannot_be_made_is_one_line(
+    directory: str, flags: tuple[str, ...], workplace: Path
+) -> None:
+    (workplace / "taken").write_text("mine")
+    said = refused("mine", *flags, f"output.dir={directory}", cwd=workplace)
+    assert said.startswith("output.dir: taken") and " cannot be made: " in said
+    assert (workplace / "taken").read_text() == "mine"
+
+
+def test_a_file_that_the_job_itself_does_not_find_is_a_bug_of_it(workplace: Path) -> None:
+    job = (workplace / "my_job.py").read_text().replace('RuntimeError("a bug")', 'OSError("mine")')
+    (workplace / "my_job.py").write_text(job)
+    done = runner("mine", "job.fail=bug", cwd=workplace)
+    assert done.returncode == 1 and "my_job.py" in done.stderr
+    assert done.stderr.endswith("OSError: mine\n")
+
+
 def test_a_sweep_is_checked_before_its_first_run(workplace: Path) -> None:
     said = refused("mine", "-m", "sampling.n=1,x", cwd=workplace)
     assert said.startswith("sampling.n=x: Value 'x'")
