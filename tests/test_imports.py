@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
-    {"types", "errors", "config", "adapter_weights"},
+    {"types", "errors", "config", "adapter_weights", "logprobs"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "run_log", "text_offsets", "trackers"},
     {"batch_size", "earlier_results", "identity", "lora_options", "openai", "prompt_requests"}
