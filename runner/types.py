@@ -173,6 +173,10 @@ class PromptRequest:
     """The name of a loaded adapter; None for the model as it is."""
     pooling: Pooling | None = None
     """Asks for an embedding of the prompt in place of completions and logprobs."""
+    priority: int = 0
+    """Lower goes first, where requests are taken in the order of their arrival."""
+    encoded: tuple[str | None, list[int]] | None = None
+    """What `encode_prompt` gives of the prompt, where that is known already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,6 +200,8 @@ class Request:
     """The name of a loaded adapter; None for the model as it is."""
     pooling: Pooling | None = None
     """Asks for an embedding of the prompt in place of completions and logprobs."""
+    priority: int = 0
+    """Lower goes first, where requests are taken in the order of their arrival."""
 
     def __post_init__(self) -> None:
         length = len(self.prompt_token_ids)
