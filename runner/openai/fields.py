@@ -185,6 +185,20 @@ CHAT = Endpoint(
     },
 )
 
+_ENCODINGS = ("float", "base64")
+EMBEDDINGS = Endpoint(
+    prompt_field="input",
+    fields={
+        **dict.fromkeys(("model", "user"), _TEXT),
+        "input": _PROMPT,
+        "encoding_format": Kind(
+            "'float' or 'base64'", _ENCODINGS.__contains__, {"enum": _ENCODINGS}
+        ),
+        "dimensions": _INT,
+    },
+    neutral={"truncate_prompt_tokens": (), "add_special_tokens": (True,), "priority": (0,)},
+)
+
 
 def checked_fields(body: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     """The fields of a body that can be followed and are not null; raises `ApiError`."""
