@@ -79,7 +79,7 @@ def test_templates_token_ids_and_chats_are_embedded_too(place, llm):
     ids = llm.tokenizer.encode("say one")
     write_jsonl(place / "ids.jsonl", [{"ids": ids, "text": "one"}])
     given = [
-        ("data.prompt_template=say {{ text }}",),
+        ("data.prompt_template='say {{ text }}'",),
         ("data.token_ids_column=ids",),
         ("data.prompt_column=text", "data.chat=true"),
     ]
@@ -113,7 +113,7 @@ def test_a_run_goes_on_with_what_is_missing_and_does_no_row_twice(place):
     before = by_text(run(place, *options))
     parts = sorted((place / "out").glob("part-*.arrow"))
     assert len(parts) == 2
-    kept = by_text(pl.read_ipc(parts[0], memory_map=False))
+    kept = by_text(pl.read_ipc(parts[0]))
     parts[1].unlink()
     write_jsonl(place / "rows.jsonl", [{"text": "new", "level": 9}, *ROWS])
     with pytest.warns(UserWarning, match=parts[1].name):
@@ -163,7 +163,7 @@ def test_each_row_with_its_adapter(place, llm):
         (("job.normalize=2",), "normalize=2 is not allowed"),
         (("job.dimensions=0",), "dimensions=0 is not allowed"),
         (("job.dimensions=33",), "dimensions=33 is not allowed: at most 32"),
-        (("sampling.n=2",), "sampling.n=2 is not allowed: this job reads"),
+        (("sampling.temperature=2",), "sampling.temperature=2.0 is not allowed: this job reads"),
         (("job.retry_errors=1",), "job.retry_errors=1 is not allowed"),
     ],
 )
