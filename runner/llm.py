@@ -302,6 +302,11 @@ class LLM:
         self.text_engine.abort_all()
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows: 0 up to this, not included."""
+        return self.engine.admission.vocab_size
+
+    @property
     def weight_version(self) -> int:
         """Counts the changes of weights: 0 before the first adapter, see `Completion`."""
         return self.engine.adapters.weight_version

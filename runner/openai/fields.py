@@ -137,6 +137,7 @@ class Endpoint:
     """What one URL takes."""
 
     prompt_field: str
+    """The one field that a body has to have; empty for none."""
     fields: Mapping[str, Kind]
     neutral: Mapping[str, tuple[Any, ...]]
 
@@ -200,6 +201,20 @@ EMBEDDINGS = Endpoint(
 )
 
 
+TOKENIZE = Endpoint(
+    prompt_field="",
+    fields={
+        **dict.fromkeys(("model", "prompt"), _TEXT),
+        **dict.fromkeys(("add_special_tokens", "return_token_strs"), _BOOL),
+        **dict.fromkeys(("add_generation_prompt", "continue_final_message"), _BOOL),
+        "messages": _MESSAGES,
+        "chat_template_kwargs": _OBJECT,
+    },
+    neutral={"tools": ([],)},
+)
+DETOKENIZE = Endpoint(prompt_field="tokens", fields={"model": _TEXT, "tokens": _INTS}, neutral={})
+
+
 def checked_fields(body: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     """The fields of a body that can be followed and are not null; raises `ApiError`."""
     checked = {}
@@ -219,7 +234,7 @@ def checked_fields(body: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any
         if isinstance(value, float) and not math.isfinite(value):
             raise ApiError(f"'{name}' is not finite.", code="invalid_value", param=name)
         checked[name] = value
-    if endpoint.prompt_field not in checked:
+    if endpoint.prompt_field and endpoint.prompt_field not in checked:
         name = endpoint.prompt_field
         what = f"Missing required parameter: '{name}'."
         raise ApiError(what, code="missing_required_parameter", param=name)

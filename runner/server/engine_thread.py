@@ -62,28 +62,31 @@ class EngineThread:
     Its methods are for the event loop's thread; the engine is touched by its own thread alone.
     """
 
-    def __init__(self, llm: LLM, *, on_failure: Callable[[], None] = lambda: None) -> None:
-        """`on_failure` is told of each restart, on the engine's thread."""
-        self.status: Status = "stopped"
-        self._llm = llm
-        self._on_failure = on_failure
+    def __init__(self, open_llm: Callable[[], LLM]) -> None:
+        """Opens an `LLM` on the new thread, where all of its arrays are to be made.
+
+        Raises what `open_llm` raises.
+        """
+        self.status: Status = "ready"
+        self.num_restarts = 0
+        """Times that the engine has failed."""
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._by_request: dict[str, Ticket] = {}
         """The tickets of the requests that the engine has; of its thread alone."""
         self._told: list[tuple[Ticket, Event | EngineFailure]] = []
         self._open: set[Ticket] = set()
         self._is_stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        opened: Future[LLM] = Future()
+        self._thread = threading.Thread(
+            target=self._run, args=(open_llm, opened), name="engine", daemon=True
+        )
+        self._thread.start()
+        self.llm = opened.result()
 
     @property
     def num_open(self) -> int:
         """Prompts of clients that wait, or whose answer is on its way."""
         return sum(len(ticket.requests) for ticket in self._open)
-
-    def start(self) -> None:
-        """Starts the thread."""
-        self.status = "ready"
-        self._thread.start()
 
     def stop(self) -> None:
         """Ends the thread after the step that runs; who still waits is told so."""
@@ -115,7 +118,7 @@ class EngineThread:
 
         def act() -> None:
             try:
-                done.set_result(action(self._llm))
+                done.set_result(action(self.llm))
             except Exception as error:
                 done.set_exception(error)
 
@@ -124,7 +127,13 @@ class EngineThread:
         self._inbox.put(act)
         return await asyncio.wrap_future(done)
 
-    def _run(self) -> None:
+    def _run(self, open_llm: Callable[[], LLM], opened: Future[LLM]) -> None:
+        try:
+            self.llm = open_llm()
+        except BaseException as error:
+            opened.set_exception(error)
+            return
+        opened.set_result(self.llm)
         while not self._is_stopping and self.status != "failed":
             try:
                 self._serve()
@@ -141,7 +150,7 @@ class EngineThread:
 
     def _serve(self) -> None:
         while not self._is_stopping:
-            engine = self._llm.text_engine
+            engine = self.llm.text_engine
             self._take(waits=not engine.engine.has_unfinished)
             if engine.engine.has_unfinished:
                 for output in engine.step():
@@ -160,7 +169,7 @@ class EngineThread:
             on_delta = partial(self._tell, ticket) if ticket.watched else None
             self._by_request[request.request_id] = ticket
             try:
-                refused = self._llm.text_engine.add(request, on_delta)
+                refused = self.llm.text_engine.add(request, on_delta)
             except Exception as error:  # A request that nobody has thought of fails alone.
                 _log.exception("a request could not be taken")
                 self._drop(ticket)
@@ -173,7 +182,7 @@ class EngineThread:
     def _drop(self, ticket: Ticket) -> None:
         for request in ticket.requests:
             if self._by_request.pop(request.request_id, None) is not None:
-                self._llm.text_engine.abort(request.request_id)
+                self.llm.text_engine.abort(request.request_id)
 
     def _tell(self, ticket: Ticket, event: Event | EngineFailure) -> None:
         self._told.append((ticket, event))
@@ -195,10 +204,10 @@ class EngineThread:
     def _start_over(self, reason: str) -> None:
         self.status = "restarting"
         self._fail_all(reason)
-        self._on_failure()
+        self.num_restarts += 1
         for attempt in range(_MOST_RESTARTS):
             try:
-                self._llm.restart()
+                self.llm.restart()
             except Exception:
                 _log.exception("a new engine could not be made")
                 time.sleep(attempt)
