@@ -76,7 +76,8 @@ def in_order(found: Iterable[Embedding], count: int | None, *, use_tqdm: bool) -
 def _prompt(index: int, given: Any) -> Prompt:
     if isinstance(given, str):
         return Prompt(text=given)
-    if isinstance(given, Sequence) and all(type(item) is int for item in given):
+    is_list = isinstance(given, Sequence) and not isinstance(given, bytes | bytearray)
+    if is_list and all(type(item) is int for item in given):
         return Prompt(token_ids=list(given))
     what = f"{given!r:.60} is neither a text nor a list of token ids"
     raise ParameterError(f"input {index} cannot be embedded: {what}")

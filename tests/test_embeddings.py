@@ -67,6 +67,7 @@ def test_a_text_that_cannot_be_embedded_spares_the_others(llm):
         (["a", "b"], {"adapter": ["x"]}, "adapter has 1 entries for 2"),
         ([("a", "b")], {}, "input 0 cannot be embedded: .*neither a text nor a list of token ids"),
         ([1, 2], {}, "input 0 cannot be embedded: 1 is"),
+        (["a", b"b"], {}, "input 1 cannot be embedded"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(llm, inputs, options, message):

@@ -10,6 +10,8 @@ from openai.types import CreateEmbeddingResponse
 
 from runner import LLM, SamplingParams
 from runner.answerer import Answerer
+from runner.engine.admission import Admission
+from runner.errors import ModelError
 from runner.openai.embeddings import MOST_INPUTS, parse_embedding_request
 from runner.openai.errors import ApiError
 
@@ -106,3 +108,13 @@ def test_null_is_a_field_left_out_and_the_most_inputs_are_taken():
         "mean",
         None,
     )
+
+
+def test_a_model_that_gives_no_embeddings_says_so(answerer, monkeypatch):
+    def none(self: Admission) -> int:
+        raise ModelError("this model gives no embeddings")
+
+    monkeypatch.setattr(Admission, "embedding_size", property(none))
+    with pytest.raises(ApiError, match="gives no embeddings") as refused:
+        ask(answerer, input="a")
+    assert (refused.value.code, refused.value.status) == ("unsupported_endpoint", 400)
