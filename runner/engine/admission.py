@@ -40,6 +40,11 @@ class Admission:
         return cls(runner, memory, eos, max_model_len, has_decode=decode is not None)
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids that there are."""
+        return self.runner.vocab_size
+
+    @property
     def embedding_size(self) -> int:
         """Components of an embedding; raises ModelError where the model gives none."""
         return self.runner.head.size
@@ -48,7 +53,7 @@ class Admission:
         """Raises PromptError or ParameterError for a request that cannot be run, or not whole; or
         ModelError for one of an embedding, where the model gives none."""
         length, most = len(request.prompt_token_ids), self.max_model_len
-        check_prompt(request, self.runner.vocab_size, most)
+        check_prompt(request, self.vocab_size, most)
         if request.pooling is not None:
             _ = self.embedding_size  # Raises where there is none.
         if request.params.max_tokens is not None or most is not None:
@@ -68,7 +73,7 @@ class Admission:
         max_tokens that the memory budget does not hold.
         """
         check = ParamsCheck(
-            vocab_size=self.runner.vocab_size,
+            vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids,
             has_decode=self.has_decode,
             has_limit=self.max_model_len is not None,
