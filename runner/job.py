@@ -234,14 +234,15 @@ class RunContext:
         return row.row_id in self.writer.done_rows
 
     def write_scores(self, row: NamedRow, scores: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the result rows of one input row, which only has been scored."""
+        """Writes the result rows of one input row, which only has been scored or embedded."""
         shared = {self._names[name]: value for name, value in row.row.items()}
         shared |= {"row_id": row.row_id, "model": self.llm.loaded.name, "adapter": row.adapter}
         if row.adapter in self.llm.adapters:
             shared["adapter_digest"] = self.llm.adapters[row.adapter]
         self._behind.write([{**shared, **score} for score in scores])
         errors = [score["error"]["type"] for score in scores if score.get("error")]
-        num_tokens = sum(score.get("num_scored") or 0 for score in scores)
+        useful = (it.get("num_scored", it.get("num_tokens")) for it in scores)
+        num_tokens = sum(count or 0 for count in useful)
         self._watch.row(num_tokens, error=errors[0] if errors else None)
 
     def write(

@@ -12,6 +12,7 @@ from runner.models.load import LoadedModel, loaded_model  # First: it loads the 
 # isort: split
 from runner.batch_size import check_batch_size, settled_batch_size
 from runner.device_memory import default_memory_budget, parse_bytes
+from runner.embeddings import embeddings, in_order
 from runner.engine.adapters import SwapMode
 from runner.engine.engine import Engine
 from runner.engine.invariance import check_batch_invariance
@@ -20,14 +21,17 @@ from runner.engine.scheduler import Order
 from runner.errors import ParameterError, PromptError
 from runner.models.adapters import adapter_weights
 from runner.models.new_weights import exchange_weights, read_new_weights
+from runner.pooling import PoolingParams
 from runner.progress import Progress
 from runner.prompt_requests import PromptLike, adapter_names, as_prompt, prompt_requests
-from runner.scores import ScoreInput, in_order_of_work, scored_texts
+from runner.scores import ScoreInput, Tokens, in_order_of_work, scored_texts
 from runner.speculative import SpeculativeOptions
 from runner.text_engine import TextEngine
 from runner.texts import Texts
 from runner.types import (
+    Embedding,
     Message,
+    Pooling,
     Prompt,
     PromptRequest,
     RequestOutput,
@@ -222,6 +226,48 @@ class LLM:
             for text in texts
         )
         return (by_id[output.request_id].score(output) for output in self.run(requests))
+
+    def embed(
+        self,
+        inputs: Sequence[Tokens],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None | Sequence[str | None] = None,
+        use_tqdm: bool = True,
+    ) -> list[Embedding]:
+        """Embeddings of texts, or of lists of token ids, in their order.
+
+        The hidden states after the final norm, float32, pooled over the text's tokens as
+        `PoolingParams` says; of a text the tokenizer makes the tokens of a prompt. `adapter` is as
+        in `generate`.
+
+        Raises:
+            PromptError: a text has no tokens, or does not fit the context.
+            ModelError: the model gives no embeddings.
+        """
+        found = self.embed_as_completed(
+            inputs, pooling=pooling, normalize=normalize, dimensions=dimensions, adapter=adapter
+        )
+        return in_order(found, None if isinstance(inputs, str) else len(inputs), use_tqdm=use_tqdm)
+
+    def embed_as_completed(
+        self,
+        inputs: Sequence[Tokens],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None | Sequence[str | None] = None,
+    ) -> Iterator[Embedding]:
+        """Like `embed`, but yields each embedding as it is there, `index` its text's place.
+
+        A text that cannot be embedded comes out with `error` set, and the others go on.
+        """
+        params = PoolingParams(pooling=pooling, normalize=normalize, dimensions=dimensions)
+        params.check(self.engine.admission.embedding_size)
+        return embeddings(self.run, inputs, params, adapter)
 
     def run(
         self,

@@ -34,8 +34,10 @@ def summary(
             "prompt_tokens": stats.num_prompt_tokens,
             "prefix_cached_tokens": stats.num_cached_tokens,
             "scored_tokens": stats.num_scored_tokens,
+            "embedded_tokens": stats.num_embedded_tokens,
             "completion_tokens": stats.num_completion_tokens,
             "tokens_per_second": stats.num_completion_tokens / seconds,
+            "embedded_tokens_per_second": stats.num_embedded_tokens / seconds,
             "rows_per_hour": num_rows / seconds * 3600,
             "batch_occupancy": stats.occupancy,
             "max_batch_size": llm.engine.max_batch_size,
@@ -94,6 +96,10 @@ def _score_lines(numbers: dict[str, Any]) -> dict[str, str]:
                 lines[f"per {unit}"] = f"{_shown(found[f'{unit}_perplexity'])} perplexity"
         if found["bits_per_byte"] is not None:
             lines["per byte"] += f", {_shown(found['bits_per_byte'])} bits"
+    if found := numbers.get("embedding"):
+        cut = "" if found["dimensions"] is None else " first"
+        length = ", of length 1" if found["normalize"] else ""
+        lines["vectors"] = f"{found['size']}{cut} components, {found['pooling']}{length}"
     if found := numbers.get("accuracy"):
         shares = [f"{it['mean']:.3f} {name.replace('_', ' ')}" for name, it in found.items()]
         lines["accuracy"] = ", ".join(shares)
@@ -131,7 +137,9 @@ def print_report(numbers: dict[str, Any], directory: Path) -> None:
     errors = sum(numbers["errors"].values())
     reasons = ", ".join(f"{count} {name}" for name, count in numbers["finish_reasons"].items())
     is_scored = not reasons
-    useful = run["scored_tokens"] if is_scored else run["completion_tokens"]
+    useful = run["completion_tokens"]
+    if is_scored:
+        useful = run["scored_tokens"] or run["embedded_tokens"]
     lines = {
         "rows": f"{numbers['rows']} rows, {numbers['samples']} samples, {errors} errors",
         "finished": reasons,

@@ -42,7 +42,7 @@ def test_every_block_runs(tmp_path: Path) -> None:
         for kind, code in BLOCKS
         if kind in ("bash", "python") and code not in INSTALLS
     ]
-    assert len(ran) == 13, "a block was added or lost: is it run here or in .ci/run?"
+    assert len(ran) == 15, "a block was added or lost: is it run here or in .ci/run?"
     answers = pl.scan_ipc(tmp_path / "answers" / "part-*.arrow").collect()
     assert "Paris" in answers.filter(pl.col("level") == 1)["text"][0]
     groups = pl.scan_ipc(tmp_path / "rollouts" / "part-*.arrow").collect()
