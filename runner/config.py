@@ -39,6 +39,9 @@ class EngineConfig:
     # Any: Hydra has no type for a number or one word; `LLM` checks it.
     max_batch_size: Any = 32
     """Rows decoded together; auto measures once per model and device what pays."""
+    order: str = "offline"
+    """In which requests are taken: offline chooses what keeps the batch full and shares most, fcfs
+    takes them as they came, which is what many clients of a server want."""
     memory_budget: str | None = None
     """Bytes that weights, caches and forwards may take together, also written 8GiB or 500MB; fewer
     rows run at once where they are long. null takes a share of what the device has."""

@@ -13,7 +13,8 @@ LEVELS = [
     | {"device_memory", "run_log", "text_offsets", "trackers"},
     {"batch_size", "earlier_results", "identity", "lora_options", "openai", "prompt_requests"}
     | {"status", "texts", "training", "watch"},
-    {"speculative"},
+    {"speculative", "text_stream"},
+    {"text_engine"},
     {"llm"},
     {"certificate", "report", "adapter_watch", "result_rows", "rows", "server", "benchmarking"}
     | {"perplexity"},

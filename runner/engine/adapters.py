@@ -85,6 +85,11 @@ class Adapters:
         """The weight version since when a row with this adapter would get what it gets now."""
         return max(self.model_version, 0 if adapter is None else adapter.version)
 
+    def take_over(self, before: "Adapters") -> None:
+        """Goes on where those of an engine of the same model were."""
+        self.weight_version, self.model_version = before.weight_version, before.model_version
+        self._by_name = before._by_name
+
     def refit(self, in_use: Iterable[Adapter]) -> list[Adapter]:
         """Notes that the model's own weights have changed; the adapters whose arrays have too."""
         self.weight_version += 1
