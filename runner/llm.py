@@ -18,6 +18,7 @@ from runner.engine.invariance import check_batch_invariance
 from runner.engine.kv_options import KVOptions
 from runner.engine.scheduler import Order
 from runner.errors import ParameterError, PromptError
+from runner.memory_fit import MemoryFit
 from runner.models.adapters import adapter_weights
 from runner.models.new_weights import exchange_weights, read_new_weights
 from runner.progress import Progress
@@ -63,6 +64,7 @@ class LLM:
         speculative: str | Mapping[str, Any] | None = None,
         max_adapters: int = 8,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         """Loads a model; `ModelConfig`, `EngineConfig` and `SpeculativeConfig` say what each is.
 
@@ -72,11 +74,6 @@ class LLM:
         check_batch_size(max_batch_size)
         drafting = SpeculativeOptions.of(speculative)
         budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
-        model = loaded_model(model, revision=revision, dtype=dtype, max_model_len=max_model_len)
-        self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
-        self.seed, self._num_calls = seed, 0
-        texts = Texts(model.tokenizer)
-        budget = default_memory_budget() if budget is None else budget
         kv_options = KVOptions(
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
@@ -84,6 +81,23 @@ class LLM:
             max_kv_size=max_kv_size,
             num_spare=drafting.num_spare(batch_invariant=batch_invariant),
         )
+        model = loaded_model(
+            model,
+            revision=revision,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            trust_remote_code=trust_remote_code,
+            check_fit=MemoryFit(
+                memory_budget=budget,
+                prefill_step_size=prefill_step_size,
+                prefix_cache_bytes=prefix_cache_bytes,
+                kv_options=kv_options,
+            ),
+        )
+        self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
+        self.seed, self._num_calls = seed, 0
+        texts = Texts(model.tokenizer)
+        budget = default_memory_budget() if budget is None else budget
         size, self.batch_size_choice = settled_batch_size(
             max_batch_size, model, budget, kv_options, batch_invariant=batch_invariant
         )

@@ -11,7 +11,8 @@ LEVELS = [
     {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "run_log", "text_offsets", "trackers"},
-    {"batch_size", "earlier_results", "identity", "lora_options", "openai", "prompt_requests"}
+    {"memory_fit", "conversion", "fresh_directory"}
+    | {"batch_size", "earlier_results", "identity", "lora_options", "openai", "prompt_requests"}
     | {"status", "texts", "training", "watch"},
     {"speculative", "text_stream"},
     {"text_engine"},

@@ -63,7 +63,11 @@ class MemoryBudget:
         if self.max_rows(num_columns) > 0:
             return None
         needed, most = self.batch_bytes(1, num_columns), self.num_bytes or 0
-        return f"would take the run to {in_gib(needed)}; memory_budget is {in_gib(most)}"
+        holds = bisect_right(range(1, num_columns), most, key=lambda n: self.batch_bytes(1, n))
+        return (
+            f"would take the run to {in_gib(needed)}; memory_budget is {in_gib(most)}, which "
+            f"holds a row of {holds} tokens"
+        )
 
     def max_rows(self, num_columns: int) -> int:
         """Rows of up to `num_columns` that fit together; a million stands for no limit."""

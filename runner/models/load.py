@@ -101,16 +101,13 @@ def load_model(
     )
 
 
-def loaded_model(
-    model: str | Path | LoadedModel,
-    *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-) -> LoadedModel:
-    """A model that is loaded already, or else is now; warns where its BLAS is slow."""
+def loaded_model(model: str | Path | LoadedModel, **options: Any) -> LoadedModel:
+    """A model that is loaded already, or else is now; warns where its BLAS is slow.
+
+    The options are those of `load_model`.
+    """
     if not isinstance(model, LoadedModel):
-        model = load_model(str(model), revision=revision, dtype=dtype, max_model_len=max_model_len)
+        model = load_model(str(model), **options)
     if model.blas.warning is not None:
         warnings.warn(model.blas.warning, stacklevel=3)
     return model

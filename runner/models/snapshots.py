@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -60,9 +61,16 @@ def download(
     Every file is compared with the hub's size and digest, and fetched once more where it differs.
     What is there already and whole stays. Raises ModelError.
     """
-    return _told(
-        reference, lambda: _checked_download(reference, directory, trust_remote_code), tries=2
-    )
+    fetch = functools.partial(_checked_download, reference, directory, trust_remote_code)
+    found, commit = _told(reference, fetch, tries=2)
+    return found, commit
+
+
+def clear_traces(directory: Path) -> None:
+    """Removes what the hub's client notes beside the files that it fetches into a directory."""
+    shutil.rmtree(directory / ".cache" / "huggingface", ignore_errors=True)
+    with suppress(OSError):  # Somebody else's may be there.
+        (directory / ".cache").rmdir()
 
 
 def advice(error: Exception, revision: str | None = None) -> str:
@@ -114,13 +122,10 @@ def _patterns(reference: HubReference, trust_remote_code: bool) -> dict[str, lis
 
 
 def _fetch(reference: HubReference, trust_remote_code: bool, **options: Any) -> Path:
-    return Path(
-        snapshot_download(
-            reference.repository,
-            **{"revision": reference.revision, "etag_timeout": _TIMEOUT_SECONDS} | options,
-            **_patterns(reference, trust_remote_code),
-        )
-    )
+    fetch: Any = snapshot_download  # Typed by what comes back from each of its modes.
+    given = {"revision": reference.revision, "etag_timeout": _TIMEOUT_SECONDS} | options
+    patterns = _patterns(reference, trust_remote_code)
+    return Path(fetch(reference.repository, **given, **patterns))
 
 
 def _fetch_again(reference: HubReference, name: str, **options: Any) -> None:
@@ -149,6 +154,8 @@ def _checked_download(
     for name in damaged_files(found, files):
         _fetch_again(reference, name, revision=commit, **options)
     if bad := damaged_files(found, files):
+        for name in bad:
+            (found / name).unlink()
         raise ModelError(
             f"model {reference.repository!r}: {bad[0]} is not what the hub says it is, twice"
         )
@@ -170,4 +177,5 @@ def _is_whole(file: Path, listed: Any) -> bool:
     with open(file, "rb") as source:
         while chunk := source.read(_CHUNK):
             content.update(chunk)
-    return content.hexdigest() == (listed.lfs.sha256 if is_large else listed.blob_id)
+    digest: str = listed.lfs.sha256 if is_large else listed.blob_id
+    return content.hexdigest() == digest

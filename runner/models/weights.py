@@ -36,6 +36,8 @@ class ModelFiles:
     tokenizer: TokenizerWrapper
     dtype: str
     """Floating type of the weights, or of the scales of packed ones."""
+    narrows_to: str | None
+    """The type to give the weights where `model` has them wider than the files; else None."""
     quantization: list[dict[str, Any]]
     """How layers are packed: mode, bits, group_size and their number, most layers first."""
 
@@ -56,6 +58,7 @@ def open_model(found: Path, *, trust_remote_code: bool = False) -> ModelFiles:
         config=config,
         tokenizer=tokenizer,
         dtype=dtype or floating_dtype(model),
+        narrows_to=dtype,
         quantization=packed_layers(model),
     )
 
@@ -75,9 +78,10 @@ def read_model(
     files = open_model(found, trust_remote_code=trust_remote_code)
     model, on_cpu = files.model, device_name() == "cpu"
     if on_cpu:
-        _unpack(model, found)
-    target = ("float32" if on_cpu else files.dtype) if dtype == "auto" else dtype
-    cast(model, target)
+        unpack(model, found)
+    target = ("float32" if on_cpu else files.narrows_to) if dtype == "auto" else dtype
+    if target is not None:
+        cast(model, target)
     model.eval()
     if check_fit is not None:
         check_fit(model)
@@ -137,9 +141,9 @@ def _read_directory(directory: Path, trust_remote_code: bool) -> _Read:
     try:
         model, config = load_directory(directory, lazy=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration that does not fit breaks any line of any model
-        if missing := missing_files(directory):
-            error = ValueError(f"it lacks {', '.join(missing)}")
-        raise _unreadable(directory, error) from error
+        missing = ", ".join(missing_files(directory))
+        cause = ValueError(f"it lacks {missing}") if missing else error
+        raise _unreadable(directory, cause) from error
     return model, config, load_tokenizer(directory, trust_remote_code=trust_remote_code), None
 
 
@@ -151,7 +155,7 @@ def _unreadable(found: Path, error: BaseException) -> ModelError:
     return ModelError(f"{str(found)!r} cannot be loaded: {one_line(error)}")
 
 
-def _unpack(model: nn.Module, found: Path) -> None:
+def unpack(model: nn.Module, found: Path) -> None:
     """Makes quantised layers dense: a CPU multiplies packed weights row by row of the batch."""
     if any("global_scale" in module for _, module in model.named_modules()):
         raise ModelError(

@@ -236,7 +236,7 @@ def test_an_nvfp4_scale_that_would_be_lost_is_refused(
     model = _random_model()
     model.lm_head.global_scale = mx.array(2.0)
     with pytest.raises(ModelError, match="run on a GPU only"):
-        weights._unpack(model, directory)
+        weights.unpack(model, directory)
 
 
 @pytest.mark.parametrize("command", ["name", "relative"])
