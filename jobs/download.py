@@ -45,6 +45,10 @@ def _fetch_files(reference: HubReference, directory: Path) -> tuple[Path, str]:
         if (directory / name).exists():
             raise OutputError(f"{directory / name} is there already: remove it")
     directory.mkdir(parents=True, exist_ok=True)
-    found, commit = fetch(reference, directory)
-    clear_traces(directory)
-    return found, commit
+    try:
+        return fetch(reference, directory)
+    finally:
+        clear_traces(directory)
+        with suppress(OSError):  # Where it holds something it stays.
+            directory.rmdir()
+            directory.parent.rmdir()

@@ -197,6 +197,9 @@ class DataConfig:
     """System message before the others; needs `chat` or `messages_column`."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables for the chat template, such as enable_thinking."""
+    tools_column: str | None = None
+    """Column with the tools that a chat may call, a list of JSON schemas or its text; null in a row
+    gives it none."""
     limit: int | None = None
     """Rows to take at most."""
     offset: int = 0

@@ -27,23 +27,22 @@ def fresh_directory(target: Path, *, resumes: bool = False) -> Iterator[Path]:
     target = target.absolute()
     check_fresh(target)
     partial = target.with_name(f".{target.name}.partial")
-    try:
-        with stopping(target):
-            partial.mkdir(parents=True, exist_ok=True)
-            with DirectoryLock(partial):
+    with stopping(target):
+        partial.mkdir(parents=True, exist_ok=True)
+        with DirectoryLock(partial):
+            try:
                 if not resumes:
                     _empty(partial)
                 yield partial
                 _flush(partial)
                 check_fresh(target)
-            rename(partial, target)
-    except BaseException:
-        for left in (partial, target):
-            if left == partial and not resumes:
-                _empty(partial)
-            with suppress(OSError):  # Where it holds something it stays.
-                left.rmdir()
-        raise
+            except BaseException:
+                if not resumes:
+                    shutil.rmtree(partial)
+                with suppress(OSError):  # Where it holds something it stays.
+                    target.rmdir()
+                raise
+        rename(partial, target)
 
 
 def _empty(directory: Path) -> None:

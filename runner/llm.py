@@ -172,13 +172,15 @@ class LLM:
         adapter: str | None | Sequence[str | None] = None,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, each a list of {role, content}.
 
-        Like `generate` otherwise; `chat_template_kwargs` are further variables of the template.
+        Like `generate` otherwise; `chat_template_kwargs` are further variables of the template, and
+        `tools` the JSON schemas of what it may call.
         """
         one = bool(messages) and isinstance(messages[0], Mapping)
-        options = dict(chat_template_kwargs or {})
+        options = dict(chat_template_kwargs or {}) | ({"tools": list(tools)} if tools else {})
         listed: list[Any] = [messages] if one else list(messages)
         prompts = [Prompt(messages=list(m), chat_template_kwargs=options) for m in listed]
         return self._run_in_order(self._requests(prompts, sampling_params, adapter), use_tqdm)

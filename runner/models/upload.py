@@ -15,12 +15,12 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 def check_upload(repository: Any) -> None:
     """Raises ParameterError for what cannot become a repository, before the work is done."""
     if not isinstance(repository, str) or not _REPOSITORY.fullmatch(repository):
-        raise ParameterError(f"job.upload={repository} is not allowed: organisation/name")
+        raise ParameterError(f"job.upload_to={repository} is not allowed: organisation/name")
     if constants.HF_HUB_OFFLINE:
-        raise ParameterError(f"job.upload={repository} is not allowed: HF_HUB_OFFLINE is set")
+        raise ParameterError(f"job.upload_to={repository} is not allowed: HF_HUB_OFFLINE is set")
     if get_token() is None:
         raise ParameterError(
-            f"job.upload={repository} needs a token: run `hf auth login`, or set HF_TOKEN"
+            f"job.upload_to={repository} needs a token: run `hf auth login`, or set HF_TOKEN"
         )
 
 
@@ -37,7 +37,7 @@ def upload(directory: Path, repository: str, *, private: bool) -> str:
         )
     except Exception as error:  # its transport, which changes with its version, has its own errors
         raise ModelError(
-            f"{directory} is whole, but job.upload={repository} failed: {advice(error)}; "
+            f"{directory} is whole, but job.upload_to={repository} failed: {advice(error)}; "
             f"`hf upload {repository} {directory}` tries again"
         ) from error
     return str(commit.repo_url)
