@@ -81,49 +81,23 @@ class LLM:
             max_kv_size=max_kv_size,
             num_spare=drafting.num_spare(batch_invariant=batch_invariant),
         )
-        model = loaded_model(
-            model,
-            revision=revision,
-            dtype=dtype,
-            max_model_len=max_model_len,
-            trust_remote_code=trust_remote_code,
-            check_fit=MemoryFit(
-                memory_budget=budget,
-                prefill_step_size=prefill_step_size,
-                prefix_cache_bytes=prefix_cache_bytes,
-                kv_options=kv_options,
-            ),
-        )
+        shared: dict[str, Any] = {"kv_options": kv_options, "prefill_step_size": prefill_step_size}
+        shared["prefix_cache_bytes"] = prefix_cache_bytes
+        place: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        place |= {"dtype": dtype, "max_model_len": max_model_len}
+        fit = MemoryFit(memory_budget=budget, **shared)
+        model = loaded_model(model, **place, check_fit=fit)
         self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
         self.seed, self._num_calls = seed, 0
-        texts = Texts(model.tokenizer)
         budget = default_memory_budget() if budget is None else budget
         size, self.batch_size_choice = settled_batch_size(
             max_batch_size, model, budget, kv_options, batch_invariant=batch_invariant
         )
-        make_engine = partial(
-            Engine,
-            model.model,
-            order=order,
-            memory_budget=budget,
-            prefill_step_size=prefill_step_size,
-            prefix_cache_bytes=prefix_cache_bytes,
-            max_adapters=max_adapters,
-            kv_options=kv_options,
-            max_model_len=model.max_model_len,
-            eos_token_ids=model.tokenizer.eos_token_ids,
-            decode=texts.decode,
+        shared |= {"order": order, "memory_budget": budget, "max_adapters": max_adapters}
+        self._make_text_engine = _engine_maker(
+            model, drafting, size, seed=seed, batch_invariant=batch_invariant, **shared
         )
-        if batch_invariant:
-            check_batch_invariance(make_engine, max_batch_size=size)
-        make_engine = partial(make_engine, max_batch_size=size)
-
-        def make_text_engine() -> TextEngine:
-            engine = make_engine(speculation=drafting.built(model))
-            return TextEngine(engine, texts, model.tokenizer, seed=seed)
-
-        self._make_text_engine = make_text_engine
-        self.text_engine = make_text_engine()
+        self.text_engine = self._make_text_engine()
         self.engine = self.text_engine.engine
 
     def get_tokenizer(self) -> Any:
@@ -272,6 +246,11 @@ class LLM:
         self.text_engine.abort_all()
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows: 0 up to this, not included."""
+        return self.engine.admission.vocab_size
+
+    @property
     def weight_version(self) -> int:
         """Counts the changes of weights: 0 before the first adapter, see `Completion`."""
         return self.engine.adapters.weight_version
@@ -300,8 +279,7 @@ class LLM:
     @property
     def adapters(self) -> dict[str, str]:
         """The adapters that are loaded: the digest of each one's content, by name."""
-        loaded = self.engine.adapters
-        return {name: loaded.digest(name) for name in loaded.names}
+        return self.engine.adapters.digests
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; rows in flight end with it, and requests that wait for it fail."""
@@ -348,3 +326,32 @@ class LLM:
     ) -> list[PromptRequest]:
         self._num_calls += 1
         return prompt_requests(prompts, sampling_params, call=self._num_calls, adapter=adapter)
+
+
+def _engine_maker(
+    model: LoadedModel,
+    drafting: SpeculativeOptions,
+    max_batch_size: int,
+    *,
+    seed: int,
+    batch_invariant: bool,
+    **options: Any,
+) -> Callable[[], TextEngine]:
+    """Makes engines of a model, with the options of `Engine`; tries out what they promise."""
+    texts = Texts(model.tokenizer)
+    make_engine = partial(
+        Engine,
+        model.model,
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.tokenizer.eos_token_ids,
+        decode=texts.decode,
+        **options,
+    )
+    if batch_invariant:
+        check_batch_invariance(make_engine, max_batch_size=max_batch_size)
+
+    def make_text_engine() -> TextEngine:
+        engine = make_engine(max_batch_size=max_batch_size, speculation=drafting.built(model))
+        return TextEngine(engine, texts, model.tokenizer, seed=seed)
+
+    return make_text_engine

@@ -16,6 +16,7 @@ from runner.types import (
     Request,
     RequestOutput,
     SamplingParams,
+    TokenLogprobs,
 )
 
 OnDelta: TypeAlias = Callable[[TextDelta], None]
@@ -35,7 +36,7 @@ class _Pending:
     def stream(self, index: int, texts: Texts) -> SampleStream:
         """That of a sample."""
         if index not in self.streams:
-            self.streams[index] = SampleStream(texts.decode, self.request.params)
+            self.streams[index] = SampleStream(self.output, texts.decode, self.request.params)
         return self.streams[index]
 
 
@@ -131,8 +132,18 @@ class TextEngine:
             pending = self._pending.get(sequence.request.request_id)
             if pending is None or pending.on_delta is None:
                 continue
+            if sequence.prompt_logprobs is not None and sequence.token_ids:
+                self._note_prompt(pending, sequence.prompt_logprobs)
             if delta := pending.stream(sequence.index, self._texts).advance(sequence):
                 pending.on_delta(delta)
+
+    def _note_prompt(self, pending: _Pending, read: Callable[[], TokenLogprobs]) -> None:
+        """Gives the output what is known of its prompt since the prefill."""
+        output = pending.output
+        if output.prompt_token_logprobs is None:
+            scored = output.prompt_token_logprobs = read()
+            token_ids = output.prompt_token_ids
+            output.prompt_logprobs = self._texts.prompt_logprobs(scored, token_ids)
 
     def _finish(self, completion: Completion) -> RequestOutput | None:
         """Adds a sample to its request; the output once it has them all."""
@@ -143,6 +154,8 @@ class TextEngine:
         completion.text = self._texts.completion(completion, params)
         if completion.logprobs is not None:
             completion.logprobs = [self._texts.with_text(step) for step in completion.logprobs]
+        if (scored := completion.prompt_logprobs) is not None:
+            self._note_prompt(pending, lambda: scored)
         if pending.on_delta is not None:
             stream = pending.stream(completion.index, self._texts)
             pending.on_delta(stream.finish(completion))
@@ -150,10 +163,6 @@ class TextEngine:
         if len(output.outputs) < params.n:
             return None
         output.outputs.sort(key=lambda sample: sample.index)
-        if (scored := completion.prompt_logprobs) is not None:
-            output.prompt_token_logprobs = scored
-            prompt_token_ids = output.prompt_token_ids
-            output.prompt_logprobs = self._texts.prompt_logprobs(scored, prompt_token_ids)
         if params.echo:
             self._texts.echo(output)
         return self._pending.pop(completion.request_id).output

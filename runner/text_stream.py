@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 from runner.engine.sequence import Sequence as Row
 from runner.engine.stop import Decode, TextStream
-from runner.types import Completion, Logprob, SamplingParams
+from runner.types import Completion, Logprob, RequestOutput, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextDelta:
     """What a sample has got since it was last told of."""
 
-    request_id: str
+    output: RequestOutput
+    """Of its request; the prompt is whole, its logprobs too, the samples are not."""
     index: int
     """Which of the request's samples."""
     text: str
@@ -28,7 +29,8 @@ class TextDelta:
 class SampleStream:
     """One sample's text, cut where it may be shown; all pieces are the finished sample's text."""
 
-    def __init__(self, decode: Decode, params: SamplingParams) -> None:
+    def __init__(self, output: RequestOutput, decode: Decode, params: SamplingParams) -> None:
+        self._output = output
         self._stream = TextStream(decode, skip_special_tokens=params.skip_special_tokens)
         self._stop = params.stop
         self._num_told = 0
@@ -49,7 +51,7 @@ class SampleStream:
         self._shown += text
         self._num_told = len(row.token_ids)
         return TextDelta(
-            request_id=row.request.request_id,
+            output=self._output,
             index=row.index,
             text=text,
             token_ids=row.token_ids[start:],
@@ -62,7 +64,7 @@ class SampleStream:
         start = self._num_told
         # What is shown cannot be taken back where a tokenizer tidies up the text as a whole.
         return TextDelta(
-            request_id=completion.request_id,
+            output=self._output,
             index=completion.index,
             text=completion.text[len(self._shown) :],
             token_ids=completion.token_ids[start:],

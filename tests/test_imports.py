@@ -11,12 +11,12 @@ LEVELS = [
     {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "run_log", "text_offsets", "trackers"},
-    {"memory_fit", "conversion", "fresh_directory"}
-    | {"batch_size", "earlier_results", "identity", "lora_options", "openai", "prompt_requests"}
-    | {"status", "texts", "training", "watch"},
-    {"speculative", "text_stream"},
-    {"text_engine"},
+    {"batch_size", "earlier_results", "identity", "lora_options", "prompt_requests"}
+    | {"conversion", "fresh_directory", "memory_fit"}
+    | {"status", "text_stream", "texts", "training", "watch"},
+    {"openai", "speculative", "text_engine"},
     {"llm"},
+    {"answerer"},
     {"certificate", "report", "adapter_watch", "result_rows", "rows", "server", "benchmarking"}
     | {"perplexity"},
     {"job", "documents", "choices"},

@@ -45,7 +45,7 @@ def check_told(told: list[TextDelta], outputs: list[RequestOutput]) -> None:
     """The pieces of each sample make the sample."""
     by_sample = defaultdict(list)
     for delta in told:
-        by_sample[delta.request_id, delta.index].append(delta)
+        by_sample[delta.output.request_id, delta.index].append(delta)
     for output in outputs:
         for sample in output.outputs:
             deltas = by_sample.pop((output.request_id, sample.index))
@@ -64,7 +64,7 @@ def test_pieces_of_a_sample_make_the_sample(llm):
     )
     check_told(told, outputs)
     assert len(told) > 30, "it is told step by step"
-    steps = [step for delta in told if delta.request_id == "b" for step in delta.logprobs]
+    steps = [step for delta in told if delta.output.request_id == "b" for step in delta.logprobs]
     assert len(steps) == 24 and all(len(step) >= 2 for step in steps)
 
 
@@ -90,7 +90,7 @@ def replace_key(one: PromptRequest) -> PromptRequest:
 
 def test_half_a_character_is_never_shown(llm):
     smile = llm.get_tokenizer().encode("\N{GRINNING FACE}")
-    bias = {i: 100.0 for i in smile}
+    bias = dict.fromkeys(smile, 100.0)
     told, outputs = watched(llm, request("a", logit_bias=bias, max_tokens=64, seed=5))
     check_told(told, outputs)
     shown = "".join(delta.text for delta in told[:-1])
@@ -123,12 +123,12 @@ def test_a_request_that_was_ended_has_no_output_and_says_no_more(llm):
     for _ in range(5):
         engine.step()
     engine.abort("gone")
-    num_told = sum(delta.request_id == "gone" for delta in told)
+    num_told = sum(delta.output.request_id == "gone" for delta in told)
     done = []
     while engine.engine.has_unfinished:
         done += engine.step()
     assert [output.request_id for output in done] == ["stays"]
-    assert sum(delta.request_id == "gone" for delta in told) == num_told
+    assert sum(delta.output.request_id == "gone" for delta in told) == num_told
     assert engine.request_ids == []
 
 

@@ -37,9 +37,11 @@ class Adapters:
         """Of those that are loaded, in the order in which they came."""
         return list(self._by_name)
 
-    def digest(self, name: str) -> str:
-        """Names the content of a loaded adapter."""
-        return self._by_name[name].digest
+    @property
+    def digests(self) -> dict[str, str]:
+        """The names of those that are loaded, and of the content of each."""
+        # A copy: a server looks while its engine's thread loads another.
+        return {name: adapter.digest for name, adapter in self._by_name.copy().items()}
 
     def get(self, name: str | None) -> Adapter | None:
         """What a name stands for now; None for None.

@@ -47,17 +47,17 @@ def test_the_command_fetches_a_model_that_then_runs(tmp_path: Path, directory: P
         home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_x"}
         done = run_cli("download", "model.path=org/name@v1", cwd=tmp_path, **home)
         assert done.returncode == 0, done.stderr
-        assert f"Downloaded org/name@v1 (commit {commit[:12]}) to models/org/name" in done.stdout
+        found = tmp_path / "models" / "org" / "name"
+        assert f"Downloaded org/name@v1 (commit {commit[:12]}) to {found}." in done.stdout
         assert "%" in done.stderr, "its progress is shown"
         again = run_cli("download", "model.path=org/name@v1", cwd=tmp_path, **home)
         assert (again.returncode, again.stderr) == (
             2,
-            "error: models/org/name is there already: remove it, or choose another output.dir\n",
+            f"error: {found} is there already: remove it, or choose another output.dir\n",
         )
         gated = run_cli("download", "model.path=org/gated", cwd=tmp_path / "home", **home)
         assert gated.returncode == 2 and "it is gated; accept its terms" in gated.stderr
         assert not (tmp_path / "home" / "models").exists()
-    found = tmp_path / "models" / "org" / "name"
     loaded = load_model(str(found))
     assert (loaded.name, loaded.revision) == ("name", commit)
     assert loaded.digest == model_digest(directory), "wherever a model lies it is the same"

@@ -61,7 +61,7 @@ def test_only_the_needed_files_are_fetched_and_only_once(hub: HubStandIn, direct
 
 def test_a_revision_is_a_branch_or_a_commit(hub: HubStandIn, directory: Path) -> None:
     old = hub.publish(directory, branch="refs/pr/1")
-    new = hub.publish(directory, extra_json=b"", **{"added.json": b"{}"})
+    new = hub.publish(directory, **{"added.json": b"{}"})
     assert old != new
     assert resolve_model("org/name@refs/pr/1").name == old
     assert resolve_model(f"org/name@{old}").name == old
@@ -147,8 +147,11 @@ def test_a_download_compares_every_file_with_the_hub(
 
 
 def test_a_connection_that_ends_early_goes_on_where_it_was(
-    hub: HubStandIn, directory: Path, tmp_path: Path
+    hub: HubStandIn, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
     hub.publish(directory)
     hub.cut["model.safetensors"] = 1000
     found, _ = download(NAME, tmp_path / "place")
