@@ -85,7 +85,9 @@ class LLM:
         shared["prefix_cache_bytes"] = prefix_cache_bytes
         place: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         place |= {"dtype": dtype, "max_model_len": max_model_len}
-        fit = MemoryFit(memory_budget=budget, **shared)
+        rows = None if isinstance(max_batch_size, str) else max_batch_size
+        asked: dict[str, Any] = {"max_batch_size": rows, "max_model_len": max_model_len}
+        fit = MemoryFit(memory_budget=budget, **asked, **shared)
         model = loaded_model(model, **place, check_fit=fit)
         self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
         self.seed, self._num_calls = seed, 0

@@ -1,5 +1,6 @@
 """Whether a model fits into memory, told before its weights are read."""
 
+import warnings
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -26,12 +27,17 @@ class MemoryFit:
 
     memory_budget: int | None
     """Bytes; None for what the device has."""
+    max_batch_size: int | None = None
+    """The rows asked for; None for no number."""
+    max_model_len: int | None = None
+    """The tokens of a row asked for; None for no number."""
     prefill_step_size: int
     prefix_cache_bytes: int
     kv_options: KVOptions
 
     def __call__(self, model: nn.Module) -> None:
-        """Raises ModelError for a model that does not fit, with what would.
+        """Raises ModelError for a model that does not fit, with what would; warns where fewer rows
+        of the length asked for fit than are asked for.
 
         Its arrays have their shapes and types, and no content yet.
         """
@@ -50,6 +56,19 @@ class MemoryFit:
                 f"the model does not fit into memory: its weights take "
                 f"{in_gib(memory.weights_bytes)} and a run with one row {in_gib(need)}; "
                 f"{whose} {in_gib(most)}; {_what_would(model, memory, most)}"
+            )
+        self._warn(replace(memory, num_bytes=most))
+
+    def _warn(self, memory: MemoryBudget) -> None:
+        if self.max_batch_size is None or self.max_model_len is None:
+            return
+        rows = memory.max_rows(self.max_model_len)
+        if rows < self.max_batch_size:
+            longest = memory.max_columns(self.max_batch_size, self.max_model_len)
+            warnings.warn(
+                f"of rows with max_model_len={self.max_model_len} tokens {rows} fit into memory "
+                f"together; all max_batch_size={self.max_batch_size} do with up to {longest} each",
+                stacklevel=2,
             )
 
 

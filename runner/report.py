@@ -123,7 +123,8 @@ def _types(model: dict[str, Any]) -> str:
     """The type that is computed in, and what the files have where that is another one."""
     packed = [f"{it['bits']} bits" for it in model["quantization"]]
     stored = " and ".join(dict.fromkeys(packed)) or model["file_dtype"]
-    return model["dtype"] if stored == model["dtype"] else f"{model['dtype']} (files: {stored})"
+    is_same = stored in ("", model["dtype"])
+    return model["dtype"] if is_same else f"{model['dtype']} (files: {stored})"
 
 
 def _drafts_line(drafts: dict[str, Any]) -> str:

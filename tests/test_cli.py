@@ -182,7 +182,7 @@ def test_the_checkout_adds_its_conf_only_once(monkeypatch: pytest.MonkeyPatch) -
         ("data.limit=3.5", "data.limit=3.5: Value '3.5' of type 'float' could not be converted"),
         ("sampling=gredy", "sampling=gredy: no such sampling; did you mean greedy? (choose from "
          "default, greedy, grpo, rollout, score)"),
-        ("job=mein", "job=mein: no such job; did you mean mine? (choose from benchmark, ge"),
+        ("job=mein", "job=mein: no such job; did you mean mine? (choose from benchmark, co"),
         ("data=nope", "data=nope: no such data (choose from arithmetic, custom, human_eval, mult"),
         ("model=smolm2", "model=smolm2: no such model; did you mean smollm2?"),
         ("reward=null", "reward=null: no such reward (choose from custom, exact_match, last_numb"),
@@ -286,6 +286,7 @@ def test_the_help_of_a_job_has_the_options_that_it_heeds_and_others_are_refused(
     line = "sampling.top_k means nothing to mine; it takes engine, sampling.n, output.dir and job"
     assert refused("mine", "sampling.top_k=3", cwd=workplace) == line
     assert refused("mine", "tracker=wandb", cwd=workplace).startswith("tracker means nothing")
+    assert refused("mine", "engine.kv_bits=8", cwd=workplace).startswith("engine.kv_bits means")
     job.write_text(MY_CONF + text + uses)
     shown = runner("mine", "--help", cwd=workplace).stdout.splitlines()
     options = [line.partition("=")[0].strip() for line in shown if re.match(r" {2}\w", line)]

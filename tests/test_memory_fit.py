@@ -1,5 +1,7 @@
 """A model that does not fit is refused before its weights are read, with what would fit."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,17 @@ def test_where_packed_weights_pay_they_are_named(
     monkeypatch.setattr("runner.memory_fit.mx.default_device", lambda: mx.gpu)
     with pytest.raises(ModelError, match=r"4 bits \(runner convert\) would take"):
         fit(weights)(model)
+
+
+def test_fewer_rows_than_asked_for_are_said(tiny_directory: Path) -> None:
+    model = open_model(tiny_directory).model
+    asked = replace(fit(3 * weights_bytes(tiny_directory)), max_batch_size=64, max_model_len=256)
+    said = r"max_model_len=256 tokens (\d+) fit .* all max_batch_size=64 do with up to (\d+) each"
+    with pytest.warns(UserWarning, match=said) as warned:
+        asked(model)
+    rows, length = map(int, re.search(said, str(warned[0].message)).groups())
+    assert 0 < rows < 64 and 0 <= length < 256
+    # What it names is quiet.
+    replace(asked, max_batch_size=rows)(model)
+    if length:
+        replace(asked, max_model_len=length)(model)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from in_process import run_config
+from in_process import run_config, run_job
 from mlx.utils import tree_flatten
 from mlx_lm import load as load_by_mlx_lm
 from tiny_adapters import ATTENTION, MLP, random_adapter, save_mlx
@@ -18,6 +18,7 @@ from tiny_files import save_tiny_model
 from runner import LLM, SamplingParams, composition
 from runner.conversion import save
 from runner.errors import AdapterError, ModelError, OutputError, ParameterError, StoppedError
+from runner.models.digest import model_digest
 from runner.models.load import load_model
 from runner.models.weights import open_model
 
@@ -331,6 +332,23 @@ def test_an_upload_needs_a_token_and_comes_last(
     assert uploaded[0] == ("org/new", {"exist_ok": True, "private": True})
     assert {"config.json", "model.safetensors", "README.md"} <= uploaded[1]
     assert "# org/new" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_results_say_what_was_loaded(source: Path, tmp_path: Path, capsys: Any) -> None:
+    half = convert(source, tmp_path / "half", "model.dtype=bfloat16")
+    packed = convert(half, tmp_path / "tiny", "job.bits=4", "job.group_size=32")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "the cat"}) + "\n")
+    given = ("data=custom", f"data.path={tmp_path / 'rows.jsonl'}", "sampling.max_tokens=2")
+    run_job("generate", tmp_path, *given)
+    model = json.loads((tmp_path / "out" / "summary.json").read_text())["model"]
+    packing = {"mode": "affine", "bits": 4, "group_size": 32}
+    assert model["digest"] == model_digest(packed) and model["revision"] is None
+    assert (model["dtype"], model["file_dtype"]) == ("float32", "bfloat16")
+    assert [it | packing for it in model["quantization"]] == model["quantization"] != []
+    assert len(model["tokenizer_digest"]) == 32
+    header = json.loads((tmp_path / "out" / "manifest.jsonl").read_text().splitlines()[0])
+    assert header["identity"]["model.weights"] == model["digest"]
+    assert "model     tiny, float32 (files: 4 bits), cpu" in capsys.readouterr().out
 
 
 @pytest.mark.real_model

@@ -55,9 +55,11 @@ def test_the_command_fetches_a_model_that_then_runs(tmp_path: Path, directory: P
             2,
             f"error: {found} is there already: remove it, or choose another output.dir\n",
         )
-        gated = run_cli("download", "model.path=org/gated", cwd=tmp_path / "home", **home)
+        place = tmp_path / "elsewhere"
+        place.mkdir()
+        gated = run_cli("download", "model.path=org/gated", cwd=place, **home)
         assert gated.returncode == 2 and "it is gated; accept its terms" in gated.stderr
-        assert not (tmp_path / "home" / "models").exists()
+        assert list(place.iterdir()) == [], "nothing is left of it"
     loaded = load_model(str(found))
     assert (loaded.name, loaded.revision) == ("name", commit)
     assert loaded.digest == model_digest(directory), "wherever a model lies it is the same"
