@@ -44,6 +44,9 @@ def convert(
             raise ParameterError(f"job.{name}={value} is not allowed: true or false")
     if model.dtype not in DTYPES:
         raise ParameterError(f"model.dtype={model.dtype} is not allowed: {', '.join(DTYPES)}")
+    if model.max_model_len is not None:
+        given = f"model.max_model_len={model.max_model_len}"
+        raise ParameterError(f"{given} is not allowed: a model is converted with its own")
     if private and upload_to is None:
         raise ParameterError("job.private=true is not allowed without job.upload_to")
     plain = OmegaConf.to_container(layers) if isinstance(layers, DictConfig) else layers

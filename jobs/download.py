@@ -21,6 +21,14 @@ def download(config: DictConfig, *, cache: bool = False) -> None:
     if not isinstance(cache, bool):
         raise ParameterError(f"job.cache={cache} is not allowed: true or false")
     model, place = config.model, Path(config.output.dir)
+    for name, value, default in (
+        ("dtype", model.dtype, "auto"),
+        ("max_model_len", model.max_model_len, None),
+    ):
+        if value != default:
+            raise ParameterError(
+                f"model.{name}={value} is not allowed: a model is fetched as it is"
+            )
     if model.path.startswith("pkg://") or Path(model.path).expanduser().exists():
         raise ParameterError(f"model.path={model.path} is here already: give a Hugging Face id")
     reference = parse_reference(model.path, revision=model.revision)

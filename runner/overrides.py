@@ -20,6 +20,6 @@ def refuse_others(job: str, uses: Collection[str], overrides: Iterable[str]) -> 
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         names = {override, key, key.partition(".")[0]}
-        if not names & {*uses, *_ALWAYS} or f"-{key}" in uses:
+        if not names & {*uses, *_ALWAYS}:
             listed = ", ".join(name for name in uses if not name.startswith("-"))
             raise ParameterError(f"{key} means nothing to {job}; it takes {listed} and job")

@@ -12,6 +12,9 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import get_total_parameters, make_shards, save_config
 from tqdm import tqdm
 
+from runner.errors import ModelError, StoppedError
+from runner.models.hub import one_line
+from runner.models.safetensors_files import truncated_files
 from runner.models.weights import ModelFiles
 
 _INDEX_FILE = "model.safetensors.index.json"
@@ -62,14 +65,32 @@ def save_weights(directory: Path, model: nn.Module) -> int:
         for number in range(len(shards)):
             shard, shards[number] = shards[number], {}
             file = _shard_name(number, len(shards))
-            for array in shard.values():
-                mx.eval(array)
+            for name, array in shard.items():
+                _evaluate(name, array)
                 progress.update(array.nbytes)
-            mx.save_safetensors(str(directory / file), shard, metadata={"format": "mlx"})
+            _write(directory / file, shard)
             places |= dict.fromkeys(shard, file)
     index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
     (directory / _INDEX_FILE).write_text(json.dumps(index, indent=4))
     return num_bytes
+
+
+def _evaluate(name: str, array: mx.array) -> None:
+    try:
+        mx.eval(array)
+    except RuntimeError as error:
+        raise ModelError(f"{name} cannot be read: {one_line(error)}") from error
+
+
+def _write(file: Path, shard: dict[str, mx.array]) -> None:
+    """Writes a file and looks at its length: mlx does not tell of every full disk."""
+    try:
+        mx.save_safetensors(str(file), shard, metadata={"format": "mlx"})
+        reason = "it is cut short" if truncated_files(file.parent) else None
+    except RuntimeError as error:
+        reason = one_line(error)
+    if reason is not None:
+        raise StoppedError(f"{file.name} cannot be written: {reason}; is the disk full?")
 
 
 def save_card(directory: Path, *, name: str, text: str, base_model: str | None) -> None:

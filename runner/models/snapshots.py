@@ -3,12 +3,14 @@
 import functools
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub.hf_api import RepoFile
 
 from runner.errors import ModelError
 from runner.models.hub import one_line
@@ -114,11 +116,19 @@ def _is_commit(reference: HubReference) -> bool:
     return reference.revision is not None and bool(COMMIT.fullmatch(reference.revision))
 
 
-def _patterns(reference: HubReference, trust_remote_code: bool) -> dict[str, list[str]]:
+def _patterns(reference: HubReference, trust_remote_code: bool) -> dict[str, Any]:
     if reference.file is not None:
         return {"allow_patterns": reference.files}
     code = [_CODE] if trust_remote_code else []
     return {"allow_patterns": [*_NEEDED_FILES, *code], "ignore_patterns": [_DEEPER]}
+
+
+def _is_wanted(
+    path: str, *, allow_patterns: list[str], ignore_patterns: Sequence[str] = ()
+) -> bool:
+    """What the hub's client makes of the patterns."""
+    is_allowed = any(fnmatchcase(path, pattern) for pattern in allow_patterns)
+    return is_allowed and not any(fnmatchcase(path, pattern) for pattern in ignore_patterns)
 
 
 def _fetch(reference: HubReference, trust_remote_code: bool, **options: Any) -> Path:
@@ -149,13 +159,14 @@ def _checked_download(
     options = {} if directory is None else {"local_dir": directory}
     found = _fetch(reference, trust_remote_code, revision=commit, **options)
     _found(found, reference)
-    listed = list(api.list_repo_tree(reference.repository, recursive=True, revision=commit))
-    files = [it for it in listed if (found / it.path).is_file()]
+    listed = api.list_repo_tree(reference.repository, recursive=True, revision=commit)
+    patterns = _patterns(reference, trust_remote_code)
+    files = [it for it in listed if isinstance(it, RepoFile) and _is_wanted(it.path, **patterns)]
     for name in damaged_files(found, files):
         _fetch_again(reference, name, revision=commit, **options)
     if bad := damaged_files(found, files):
         for name in bad:
-            (found / name).unlink()
+            (found / name).unlink(missing_ok=True)
         raise ModelError(
             f"model {reference.repository!r}: {bad[0]} is not what the hub says it is, twice"
         )
@@ -169,8 +180,8 @@ def damaged_files(directory: Path, listed: Iterable[Any]) -> list[str]:
 
 def _is_whole(file: Path, listed: Any) -> bool:
     """Large files are known by their SHA-256, others by git's own digest."""
-    size = file.stat().st_size
-    if size != listed.size:
+    size = file.stat().st_size if file.is_file() else None
+    if size is None or size != listed.size:
         return False
     is_large = listed.lfs is not None
     content = hashlib.sha256() if is_large else hashlib.sha1(b"blob %d\0" % size)

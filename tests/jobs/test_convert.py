@@ -255,6 +255,7 @@ def refused(source: Path, target: Path, *options: str, error: type, message: str
         (["job.dequantize=true"], "job.dequantize=true is not allowed: the model is not quant"),
         (["job.private=true"], "job.private=true is not allowed without job.upload_to"),
         (["job.upload_to=name"], "job.upload_to=name is not allowed: organisation/name"),
+        (["model.max_model_len=9"], "model.max_model_len=9 .*: a model is converted with its own"),
         (["model.dtype=int8"], "model.dtype=int8 is not allowed: auto, float32"),
     ],
 )
@@ -302,6 +303,25 @@ def test_an_interrupted_conversion_leaves_nothing_and_is_done_again(
     (left / "model-00001-of-00002.safetensors").write_bytes(b"half")
     assert not any("00002" in it.name for it in convert(source, target).iterdir())
     assert not left.exists()
+
+
+def test_a_disk_that_is_full_ends_the_conversion(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = mx.save_safetensors
+
+    def fail(*of: Any, **options: Any) -> None:
+        raise RuntimeError("[write] Unable to write")
+
+    def cut(file: str, *of: Any, **options: Any) -> None:
+        write(file, *of, **options)
+        Path(file).write_bytes(Path(file).read_bytes()[:-1])
+
+    for broken, reason in ((fail, "Unable to write"), (cut, "it is cut short")):
+        monkeypatch.setattr(save.mx, "save_safetensors", broken)
+        with pytest.raises(StoppedError, match=f"{reason}; is the disk full"):
+            convert(source, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_an_upload_needs_a_token_and_comes_last(

@@ -16,6 +16,8 @@ from runner.jobs import download as job
 from runner.models.digest import model_digest
 from runner.models.load import load_model
 
+DEFAULTS = {"dtype": "auto", "max_model_len": None}
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,6 +40,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubStandIn]
 
 def download(path: str, place: Path, *, revision: str | None = None, **options: Any) -> None:
     model = {"path": path, "revision": revision, "trust_remote_code": False}
+    model |= {name: options.pop(name, other) for name, other in DEFAULTS.items()}
     job.download(OmegaConf.create({"model": model, "output": {"dir": str(place)}}), **options)
 
 
@@ -119,7 +122,10 @@ def test_gguf_files_share_a_directory(hub: HubStandIn, directory: Path, tmp_path
         download(f"org/name:{name}", place)
         with pytest.raises(OutputError, match=f"{name} is there already: remove it"):
             download(f"org/name:{name}", place)
+    hub.publish(directory, **{"a.gguf": b"GGUF, another", "c.gguf": b"GGUF c"})
+    download("org/name:c.gguf", place)
     found = {it.name: it.read_bytes() for it in (place / "org" / "name").iterdir()}
+    assert found.pop("c.gguf") == b"GGUF c"
     assert found == {"a.gguf": b"GGUF a", "b.gguf": b"GGUF b"}
 
 
@@ -132,6 +138,8 @@ def test_gguf_files_share_a_directory(hub: HubStandIn, directory: Path, tmp_path
         ("org/name@v2", {}, ModelError, "it has no revision 'v2'"),
         ("org/absent", {}, ModelError, "the hub has no such model"),
         ("org/name:c.gguf", {}, ModelError, "has no file 'c.gguf'"),
+        ("org/name", {"dtype": "float32"}, ParameterError, "model.dtype=float32 is not allowed"),
+        ("org/name", {"max_model_len": 5}, ParameterError, "model.max_model_len=5 is not allowed"),
         ("org/name", {"cache": 1}, ParameterError, "job.cache=1 is not allowed: true or false"),
     ],
 )
