@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,7 +23,7 @@ _NEEDED_FILES = (
     "*.json",
     "*.jinja",
     "*.txt",
-    "tokenizer.model",
+    "*.model",
     "*.tiktoken",
 )
 _CODE = "*.py"
@@ -162,6 +162,8 @@ def _checked_download(
     listed = api.list_repo_tree(reference.repository, recursive=True, revision=commit)
     patterns = _patterns(reference, trust_remote_code)
     files = [it for it in listed if isinstance(it, RepoFile) and _is_wanted(it.path, **patterns)]
+    if directory is not None and reference.file is None:
+        _remove_others(directory, {it.path for it in files})
     for name in damaged_files(found, files):
         _fetch_again(reference, name, revision=commit, **options)
     if bad := damaged_files(found, files):
@@ -171,6 +173,13 @@ def _checked_download(
             f"model {reference.repository!r}: {bad[0]} is not what the hub says it is, twice"
         )
     return _found(found, reference), commit
+
+
+def _remove_others(directory: Path, names: Collection[str]) -> None:
+    """Removes what an interrupted download of another revision left."""
+    for path in directory.iterdir():
+        if path.is_file() and path.name not in names and not path.name.startswith("."):
+            path.unlink()
 
 
 def damaged_files(directory: Path, listed: Iterable[Any]) -> list[str]:

@@ -72,7 +72,7 @@ def test_the_command_fetches_a_model_that_then_runs(tmp_path: Path, directory: P
 def test_an_interrupted_download_goes_on_and_never_has_half_a_model(
     hub: HubStandIn, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.publish(directory)
+    hub.publish(directory, **{"old.json": b"{}"})
     fetch = job.fetch
 
     def interrupted(*of: Any, **options: Any) -> None:
@@ -86,14 +86,15 @@ def test_an_interrupted_download_goes_on_and_never_has_half_a_model(
         with pytest.raises(KeyboardInterrupt):
             download("org/name", place)
     assert not (place / "org" / "name").exists()
-    before = len(hub.fetched)
+    before, commit = len(hub.fetched), hub.publish(directory)
     download("org/name", place)
     assert hub.names()[before:] == ["tokenizer.json"]
     found = place / "org" / "name"
     assert {it.name for it in found.iterdir()} - {it.name for it in directory.iterdir()} == {
         ".source"
     }
-    assert json.loads((found / ".source").read_text())["repository"] == "org/name"
+    source = json.loads((found / ".source").read_text())
+    assert source == {"repository": "org/name", "commit": commit}
 
 
 def test_a_download_into_the_cache_mends_what_is_damaged_there(
