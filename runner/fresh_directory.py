@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runner.data.durable import rename, stopping
-from runner.data.lock import DirectoryLock
+from runner.data.lock import LOCK_FILE, DirectoryLock
 from runner.errors import OutputError
 
 
@@ -27,6 +27,7 @@ def fresh_directory(target: Path, *, resumes: bool = False) -> Iterator[Path]:
     target = target.absolute()
     check_fresh(target)
     partial = target.with_name(f".{target.name}.partial")
+    made = [parent for parent in target.parents if not parent.exists()]
     with stopping(target):
         partial.mkdir(parents=True, exist_ok=True)
         with DirectoryLock(partial):
@@ -37,10 +38,11 @@ def fresh_directory(target: Path, *, resumes: bool = False) -> Iterator[Path]:
                 _flush(partial)
                 check_fresh(target)
             except BaseException:
-                if not resumes:
+                if not resumes or not any(it.name != LOCK_FILE for it in partial.iterdir()):
                     shutil.rmtree(partial)
-                with suppress(OSError):  # Where it holds something it stays.
-                    target.rmdir()
+                for path in (target, *made):
+                    with suppress(OSError):  # Where it holds something it stays.
+                        path.rmdir()
                 raise
         rename(partial, target)
 
@@ -49,7 +51,7 @@ def _empty(directory: Path) -> None:
     for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != ".lock":
+        elif path.name != LOCK_FILE:
             path.unlink()
 
 

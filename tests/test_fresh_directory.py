@@ -46,6 +46,13 @@ def test_what_an_error_leaves(tmp_path: Path, resumes: bool) -> None:
     assert (target / "sub").exists() == resumes
 
 
+def test_an_error_before_anything_is_written_leaves_nothing(tmp_path: Path) -> None:
+    for resumes in (False, True):
+        with pytest.raises(ValueError), fresh_directory(tmp_path / "a" / "b", resumes=resumes):
+            raise ValueError
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_process_left_is_removed_or_used(tmp_path: Path) -> None:
     for resumes in (False, True):
         left = tmp_path / ".b.partial"
