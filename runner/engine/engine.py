@@ -328,6 +328,8 @@ class Engine:
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
+        if not self._scheduler.fills_up_first:
+            return False
         coming = not self._flight.ready and self._scheduler.wants_rows(self._is_admitted)
         if self._flight.prefill is not None:
             coming = any(request.needs_row for request in self._flight.prefilling)

@@ -99,6 +99,11 @@ class Scheduler:
         return len(self._waiting) < _WINDOW * self.max_batch_size
 
     @property
+    def fills_up_first(self) -> bool:
+        """Whether rows may wait until a batch that is mostly empty is full; clients do not."""
+        return self._order == "offline"
+
+    @property
     def next_num_columns(self) -> int:
         """Columns of the request that is next; 0 where none waits."""
         return self._lead(self._waiting.values()).num_columns if self._waiting else 0
