@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from runner.errors import ParameterError, PromptError
+from runner.errors import ParameterError
 from runner.pooling import PoolingParams
-from runner.progress import Progress
 from runner.prompt_requests import adapter_names
 from runner.scores import Tokens
 from runner.types import Embedding, Prompt, PromptRequest, RequestOutput, SamplingParams
@@ -56,21 +55,6 @@ def embeddings(
         for index, (given, name) in enumerate(zip(listed, names, strict=True))
     ]
     return (as_embedding(int(it.request_id), it, params) for it in run(requests))
-
-
-def in_order(found: Iterable[Embedding], count: int | None, *, use_tqdm: bool) -> list[Embedding]:
-    """All embeddings in the order of their texts; raises PromptError for one that failed.
-
-    `count` is how many there will be, for the bar.
-    """
-    done: list[Embedding] = []
-    with Progress(count, enabled=use_tqdm) as progress:
-        for embedding in found:
-            if embedding.error is not None:
-                raise PromptError(f"input {embedding.index}: {embedding.error.message}")
-            done.append(embedding)
-            progress.advance(embedding.num_tokens)
-    return sorted(done, key=lambda embedding: embedding.index)
 
 
 def _prompt(index: int, given: Any) -> Prompt:

@@ -51,7 +51,12 @@ def summary(
         "model": {
             "name": llm.loaded.name,
             "path": llm.loaded.path,
+            "revision": llm.loaded.revision,
+            "digest": llm.loaded.digest,
+            "tokenizer_digest": llm.loaded.tokenizer_digest,
             "dtype": llm.loaded.dtype,
+            "file_dtype": llm.loaded.file_dtype,
+            "quantization": llm.loaded.quantization,
             "max_model_len": llm.loaded.max_model_len,
         },
         "device": llm.loaded.device,
@@ -123,6 +128,14 @@ def _shown(number: float | None) -> str:
     return "not finite" if number is None else f"{number:.4f}"
 
 
+def _types(model: dict[str, Any]) -> str:
+    """The type that is computed in, and what the files have where that is another one."""
+    packed = [f"{it['bits']} bits" for it in model["quantization"]]
+    stored = " and ".join(dict.fromkeys(packed)) or model["file_dtype"]
+    is_same = stored in ("", model["dtype"])
+    return model["dtype"] if is_same else f"{model['dtype']} (files: {stored})"
+
+
 def _drafts_line(drafts: dict[str, Any]) -> str:
     if not drafts["num_drafted"]:
         return "none that looked worth a try"
@@ -145,7 +158,7 @@ def print_report(numbers: dict[str, Any], directory: Path) -> None:
         "finished": reasons,
         "tokens": f"{useful} in {run['seconds']:.1f} s: "
         f"{useful / run['seconds']:.0f} tokens/s, {run['rows_per_hour']:.0f} rows/hour",
-        "model": f"{numbers['model']['name']}, {numbers['model']['dtype']}, {numbers['device']}",
+        "model": f"{numbers['model']['name']}, {_types(numbers['model'])}, {numbers['device']}",
         "BLAS": numbers["blas"],
         "memory": f"{run['peak_memory_bytes'] / 2**30:.2f} GiB at most",
     }

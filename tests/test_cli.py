@@ -182,7 +182,7 @@ def test_the_checkout_adds_its_conf_only_once(monkeypatch: pytest.MonkeyPatch) -
         ("data.limit=3.5", "data.limit=3.5: Value '3.5' of type 'float' could not be converted"),
         ("sampling=gredy", "sampling=gredy: no such sampling; did you mean greedy? (choose from "
          "default, greedy, grpo, rollout, score)"),
-        ("job=mein", "job=mein: no such job; did you mean mine? (choose from benchmark, em"),
+        ("job=mein", "job=mein: no such job; did you mean mine? (choose from benchmark, co"),
         ("data=nope", "data=nope: no such data (choose from arithmetic, custom, human_eval, mult"),
         ("model=smolm2", "model=smolm2: no such model; did you mean smollm2?"),
         ("reward=null", "reward=null: no such reward (choose from custom, exact_match, last_numb"),

@@ -12,6 +12,7 @@ LEVELS = [
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt", "pooling"}
     | {"device_memory", "run_log", "text_offsets", "trackers"},
     {"batch_size", "earlier_results", "identity", "lora_options", "prompt_requests"}
+    | {"conversion", "fresh_directory", "memory_fit"}
     | {"status", "text_stream", "texts", "training", "watch"},
     {"embeddings", "speculative", "text_engine"},
     {"openai"},

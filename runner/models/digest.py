@@ -1,12 +1,14 @@
 """What tells one model's files from another's, wherever they lie."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 _SUFFIXES = frozenset(
-    {".safetensors", ".npz", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken"}
+    {".safetensors", ".npz", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 )
-"""Weights, configuration, tokenizer and chat template; a README decides nothing."""
+"""Weights, configuration, tokenizer, chat template and code; a README decides nothing."""
 _WHOLE_BYTES = 2**24
 _SAMPLES = 256
 _SAMPLE_BYTES = 2**16
@@ -28,6 +30,16 @@ def model_digest(path: Path) -> str:
             content.update(f"{name}\0{file.stat().st_size}\0".encode())
             _add(content, file)
     return content.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Returns a digest of what a tokenizer makes of a text, 16 bytes in hex: its vocabulary and
+    rules, special tokens and chat template, whether read from a directory or from a GGUF file."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    described = [rules, tokenizer.chat_template, sorted(tokenizer.eos_token_ids)]
+    text = json.dumps(described, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _add(content: "hashlib.blake2b", file: Path) -> None:

@@ -17,6 +17,7 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "*.py")
 PRE_TOKENIZERS = ("default", "gpt-2", "llama-bpe", "smollm")
 """The ways to cut text into words before the merges, by the names that llama.cpp gives them."""
 
@@ -44,21 +45,31 @@ class Vocabulary:
     chat_template: str | None = None
 
 
-def load_tokenizer(directory: Path) -> TokenizerWrapper:
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> TokenizerWrapper:
     """Loads the tokenizer of a model directory, with every end-of-sequence token it states.
 
-    Raises ModelError; code that a directory brings along is never run.
+    Code that a directory brings along is run with `trust_remote_code` alone. Raises ModelError.
     """
     try:
         return load_wrapped(
             directory,
-            {"trust_remote_code": False},
+            {"trust_remote_code": trust_remote_code},
             eos_token_ids=load_config(directory).get("eos_token_id"),
         )
     except Exception as error:  # the tokenizers library raises bare Exception
+        reason = one_line(error)
+        if not any(next(directory.glob(name), None) for name in _TOKENIZER_FILES):
+            reason = f"it has none of {', '.join(_TOKENIZER_FILES)}"
+        elif "trust_remote_code" in str(error):
+            reason = own_code()
         raise ModelError(
-            f"the tokenizer of {str(directory)!r} cannot be loaded: {one_line(error)}"
+            f"the tokenizer of {str(directory)!r} cannot be loaded: {reason}"
         ) from error
+
+
+def own_code(name: str = "") -> str:
+    """What is said of files that need code of their own, which was not asked for."""
+    return f"it needs code of its own{name}, which only model.trust_remote_code=true runs"
 
 
 def build_tokenizer(vocabulary: Vocabulary) -> TokenizerWrapper:
