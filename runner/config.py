@@ -35,6 +35,9 @@ class EngineConfig:
     # Any: Hydra has no type for a number or one word; `LLM` checks it.
     max_batch_size: Any = 32
     """Rows decoded together; auto measures once per model and device what pays."""
+    order: str = "offline"
+    """In which requests are taken: offline chooses what keeps the batch full and shares most, fcfs
+    takes them as they came, which is what many clients of a server want."""
     memory_budget: str | None = None
     """Bytes that weights, caches and forwards may take together, also written 8GiB or 500MB; fewer
     rows run at once where they are long. null takes a share of what the device has."""
@@ -225,6 +228,32 @@ class OutputConfig:
 
 
 @dataclass
+class ServerConfig:
+    """How `runner serve` listens, and what it takes from whom (`server=`)."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in."""
+    port: int = 8000
+    """0 takes any that is free."""
+    served_model_name: list[str] = field(default_factory=list)
+    """Further names of the model; answers say the first."""
+    max_waiting: int = 256
+    """Prompts that may wait while the batch is full; a request beyond it is answered 429."""
+    max_prompt_tokens: int | None = None
+    """Tokens of a prompt at most; null for what the context holds."""
+    max_n: int = 128
+    """Completions of one prompt at most."""
+    max_body_bytes: int = 8388608
+    """Bytes of a request's body at most; one beyond it is answered 413."""
+    request_timeout: float | None = 600.0
+    """Seconds until a request that is not done is answered 504; null waits for ever."""
+    shutdown_timeout: float = 30.0
+    """Seconds that requests in flight have to end once the server is told to stop."""
+    adapter_root: str | None = None
+    """Directory below which /v1/load_lora_adapter may read; null refuses to load any."""
+
+
+@dataclass
 class Config:
     """The root: one node per group."""
 
@@ -235,6 +264,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     output: Any = MISSING
     reward: Any = None
     tracker: Any = None

@@ -164,6 +164,10 @@ class PromptRequest:
     """Where `params.prompt_logprobs` asks: the entropies as well."""
     adapter: str | None = None
     """The name of a loaded adapter; None for the model as it is."""
+    priority: int = 0
+    """Lower goes first, where requests are taken in the order of their arrival."""
+    encoded: tuple[str | None, list[int]] | None = None
+    """What `encode_prompt` gives of the prompt, where that is known already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +189,8 @@ class Request:
     """Where `params.prompt_logprobs` asks: the entropies as well."""
     adapter: str | None = None
     """The name of a loaded adapter; None for the model as it is."""
+    priority: int = 0
+    """Lower goes first, where requests are taken in the order of their arrival."""
 
     def __post_init__(self) -> None:
         length = len(self.prompt_token_ids)

@@ -11,10 +11,11 @@ LEVELS = [
     {"types", "errors", "config", "adapter_weights"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
     | {"device_memory", "run_log", "text_offsets", "trackers"},
-    {"batch_size", "earlier_results", "identity", "lora_options", "openai", "prompt_requests"}
-    | {"status", "texts", "training", "watch"},
-    {"speculative"},
+    {"batch_size", "earlier_results", "identity", "lora_options", "prompt_requests"}
+    | {"status", "text_stream", "texts", "training", "watch"},
+    {"openai", "speculative", "text_engine"},
     {"llm"},
+    {"answerer"},
     {"certificate", "report", "adapter_watch", "result_rows", "rows", "server", "benchmarking"}
     | {"perplexity"},
     {"job", "documents", "choices"},

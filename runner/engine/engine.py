@@ -15,11 +15,7 @@ from runner.engine.kv_options import KVOptions
 from runner.engine.lora import Adapter
 from runner.engine.memory import MemoryBudget
 from runner.engine.model_runner import ModelRunner, ReadyPrompt
-from runner.engine.recovery import (
-    is_allocation_failure,
-    smaller_batch_size,
-    unfinished,
-)
+from runner.engine.recovery import is_allocation_failure, smaller_batch_size, unfinished
 from runner.engine.scheduler import FreeRows, Order, Scheduler
 from runner.engine.sequence import Sequence, SequenceFactory, num_columns
 from runner.engine.speculation import Launched, Speculation
@@ -122,6 +118,11 @@ class Engine:
     def has_unfinished(self) -> bool:
         """Whether any request has samples that are not finished."""
         return len(self._scheduler) > 0 or not self._flight.is_empty
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those in flight that have a row, to be looked at."""
+        return self._flight.batch.sequences
 
     @property
     def cache_bytes(self) -> int:
@@ -327,6 +328,8 @@ class Engine:
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
+        if not self._scheduler.fills_up_first:
+            return False
         coming = not self._flight.ready and self._scheduler.wants_rows(self._is_admitted)
         if self._flight.prefill is not None:
             coming = any(request.needs_row for request in self._flight.prefilling)

@@ -48,11 +48,16 @@ class ApiRequest:
     """Whether the body names a seed; otherwise `params` has the seed of the defaults."""
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    stream: bool = False
+    """Whether the answer comes in pieces, as it grows."""
+    include_usage: bool = False
+    """Whether the last piece counts the tokens."""
+    priority: int = 0
 
     @property
     def is_chat(self) -> bool:
         """Whether it is a chat completion."""
-        return self.endpoint is CHAT
+        return self.endpoint.prompt_field == CHAT.prompt_field
 
     def prompt_requests(
         self, request_id: str, *, key: str, adapter: str | None = None
@@ -75,22 +80,26 @@ class ApiRequest:
                     params=self.params,
                     key=own_key,
                     adapter=adapter,
+                    priority=self.priority,
                 )
             )
         return requests
 
 
-def parse_request(url: str, body: Mapping[str, Any], defaults: SamplingParams) -> ApiRequest:
+def parse_request(
+    url: str, body: Mapping[str, Any], defaults: SamplingParams, *, is_online: bool = False
+) -> ApiRequest:
     """Understands the body of a request to `url`; raises `ApiError`.
 
     `defaults` are the values of the fields that the body leaves out. A `max_tokens` of None there
     is OpenAI's default: 16 for a completion, what the context holds for a chat completion.
+    `is_online` takes the fields for a client that waits, too.
     """
     if url not in ENDPOINTS:
         raise ApiError(f"{url} is not supported yet.", code="unsupported_endpoint")
-    endpoint = ENDPOINTS[url]
+    endpoint = ENDPOINTS[url].online if is_online else ENDPOINTS[url]
     fields = checked_fields(body, endpoint)
-    is_chat = endpoint is CHAT
+    is_chat = ENDPOINTS[url] is CHAT
     prompts = (chat_prompt(fields),) if is_chat else _completion_prompts(fields["prompt"])
     params = _chat_params(fields, defaults) if is_chat else _completion_params(fields, defaults)
     if params.n * len(prompts) > MOST_SAMPLES:
@@ -104,7 +113,23 @@ def parse_request(url: str, body: Mapping[str, Any], defaults: SamplingParams) -
         has_seed="seed" in fields,
         return_token_ids=fields.get("return_token_ids", False),
         return_tokens_as_token_ids=fields.get("return_tokens_as_token_ids", False),
+        stream=fields.get("stream", False),
+        include_usage=_include_usage(fields),
+        priority=fields.get("priority", 0),
     )
+
+
+def _include_usage(fields: Mapping[str, Any]) -> bool:
+    """What `stream_options` says, which may say no more than that."""
+    options = fields.get("stream_options", {})
+    if options and not fields.get("stream", False):
+        what = "'stream_options' needs 'stream' to be true."
+        raise ApiError(what, code="invalid_value", param="stream_options")
+    for name, value in options.items():
+        if name != "include_usage" or not isinstance(value, bool):
+            what = f"Invalid 'stream_options': {shortened({name: value})}; include_usage is known."
+            raise ApiError(what, code="invalid_value", param="stream_options")
+    return bool(options.get("include_usage", False))
 
 
 def parameter_error(error: ParameterError, names: Mapping[str, str]) -> ApiError:
@@ -112,7 +137,7 @@ def parameter_error(error: ParameterError, names: Mapping[str, str]) -> ApiError
     body spells otherwise."""
     found = re.match(r"\w+", str(error))
     name = found[0] if found else ""
-    if name not in {*SAMPLING, "logprobs"}:
+    if name not in {*SAMPLING, "logprobs", "prompt_logprobs"}:
         return ApiError(str(error), code="invalid_value")
     param = names.get(name, name)
     return ApiError(param + str(error)[len(name) :], code="invalid_value", param=param)
@@ -157,7 +182,8 @@ def _params(
     shown: Mapping[str, Any],
     names: Mapping[str, str],
 ) -> SamplingParams:
-    given = {name: value for name, value in fields.items() if name in SAMPLING}
+    taken = {*SAMPLING, "prompt_logprobs"}
+    given = {name: value for name, value in fields.items() if name in taken}
     try:
         return replace(defaults, **given, **shown)
     except ParameterError as error:

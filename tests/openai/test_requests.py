@@ -160,7 +160,7 @@ def test_what_goes_into_the_chat_template() -> None:
         ({"stream": True}, "unsupported_parameter", "stream"),
         ({"suffix": "x"}, "unsupported_parameter", "suffix"),
         ({"best_of": 3}, "unsupported_parameter", "best_of"),
-        ({"prompt_logprobs": 1}, "unsupported_parameter", "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "invalid_value", "prompt_logprobs"),
         ({"guided_regex": "a+"}, "unsupported_parameter", "guided_regex"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"temperature": "1"}, "invalid_type", "temperature"),

@@ -1,0 +1,47 @@
+"""`runner serve`: the engine as an OpenAI endpoint that stays up."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from runner.errors import UsageError
+from runner.job import open_llm
+from runner.lora_options import LoraOptions
+from runner.types import SamplingParams
+
+
+def serve(config: DictConfig, *, check_model: bool = True) -> None:
+    """Serves the model until it is told to stop.
+
+    `sampling` has the values of the fields that a request leaves out; `check_model` refuses
+    requests that name another model.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        what = "runner serve needs FastAPI and uvicorn: pip install 'mlx-runner[server]'"
+        raise UsageError(what) from error
+    from runner.answerer import Answerer
+    from runner.server.engine_thread import EngineThread
+    from runner.server.process import run_server
+    from runner.server.service import Service
+    from runner.server.settings import ServerSettings
+
+    plain = _plain(config)
+    settings = ServerSettings.of(plain["server"])
+    lora = LoraOptions.of(plain["lora"])
+    defaults = SamplingParams(**plain["sampling"])
+    engine = EngineThread(lambda: open_llm(config))
+    engine.llm.check(defaults)
+    names = [*settings.served_model_name, engine.llm.loaded.name]
+    answerer = Answerer(engine.llm, defaults, names, check_model=check_model, adapter=lora.default)
+    service = Service(answerer, engine, settings)
+    service.adapter_paths |= lora.paths
+    run_server(service)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    content = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(content, dict), "a configuration is a mapping"
+    return {str(key): value for key, value in content.items()}

@@ -1,0 +1,49 @@
+"""The process: a socket, uvicorn on it, and a clean end."""
+
+import socket
+
+import uvicorn
+
+from runner.errors import UsageError
+from runner.server.app import create_app
+from runner.server.service import Service
+
+
+def run_server(service: Service) -> None:
+    """Serves until SIGINT or SIGTERM, then lets the requests in flight end.
+
+    Raises UsageError where the address cannot be had.
+    """
+    settings = service.settings
+    listening = _bound(settings.host, settings.port)
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(
+        f"Serving {service.answerer.names[0]} at http://{shown}:{port} (docs at /docs)", flush=True
+    )
+    config = uvicorn.Config(
+        create_app(service),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=round(settings.shutdown_timeout),
+        server_header=False,
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        service.engine.stop()
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        # From here on clients wait instead of being refused.
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        what = f"server.host={host} server.port={port}: {error.strerror or error}"
+        raise UsageError(what) from error
+    return listening
