@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from runner.models.split_files import split_parts
+
 _SUFFIXES = frozenset(
     {".safetensors", ".npz", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken"}
 )
@@ -19,7 +21,8 @@ def model_digest(path: Path) -> str:
     among them: retrained or requantised weights differ everywhere, and a model of any size takes
     a moment. A few changed numbers in between are not noticed.
     """
-    files = [path] if path.is_file() else sorted(it for it in path.iterdir() if it.is_file())
+    inside = split_parts(path) if path.is_file() else sorted(path.iterdir())
+    files = [it for it in inside if it.is_file()]
     content = hashlib.blake2b(digest_size=16)
     for file in files:
         if file.suffix in _SUFFIXES:

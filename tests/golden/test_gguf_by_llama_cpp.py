@@ -15,7 +15,7 @@ from runner.models.gguf.file import read_file
 from runner.models.gguf.metadata import Metadata
 from runner.models.gguf.vocabulary import read_tokenizer
 from runner.models.hub import resolve_model
-from runner.models.weights import read_model
+from runner.models.load import load_model
 
 HERE = Path(__file__).parent
 GOLDEN = json.loads((HERE / "gguf_by_llama_cpp.json").read_text())
@@ -48,8 +48,8 @@ def _file(name: str, folder: Path) -> Path:
 @pytest.fixture(scope="module", params=["smollm2", "gemma3"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     path = _file(request.param, tmp_path_factory.mktemp("gguf"))
-    model, _, tokenizer = read_model(path, dtype="auto")
-    return Loaded(request.param, model, tokenizer, GOLDEN["models"][request.param])
+    of_file = load_model(str(path))
+    return Loaded(request.param, of_file.model, of_file.tokenizer, GOLDEN["models"][request.param])
 
 
 def test_the_golden_file_is_small_and_the_script_beside_it_has_its_prompts() -> None:

@@ -54,3 +54,13 @@ def test_every_file_that_decides_counts(tmp_path: Path) -> None:
     assert model_digest(model(tmp_path / "c", bytes(2**16 + 1))) != one
     (tmp_path / "one" / "chat_template.jinja").write_text("{{ x }}")
     assert model_digest(tmp_path / "one") != one
+
+
+def test_every_part_of_a_split_file_counts(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"a-{number:05}-of-00002.gguf" for number in (1, 2))
+    first.write_bytes(b"first")
+    second.write_bytes(b"second")
+    whole = model_digest(first)
+    assert whole == model_digest(second)
+    second.write_bytes(b"another")
+    assert model_digest(first) != whole

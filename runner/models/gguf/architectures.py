@@ -135,9 +135,12 @@ ARCHITECTURES = {
         model_type="qwen2",
         modules=_LLAMA,
         always_biased=("attn_q", "attn_k", "attn_v"),
+        scalings=("linear", "yarn"),
         even_heads=True,
     ),
-    "qwen3": Architecture(model_type="qwen3", modules=_LLAMA | _QK_NORMS),
+    "qwen3": Architecture(
+        model_type="qwen3", modules=_LLAMA | _QK_NORMS, scalings=("linear", "yarn")
+    ),
     "gemma2": Architecture(
         model_type="gemma2",
         modules=_GEMMA,
@@ -152,6 +155,7 @@ ARCHITECTURES = {
         configure=_gemma3,
         norm_offset=1.0,
         has_windows=True,
+        scalings=("linear",),
     ),
     "phi3": Architecture(
         model_type="phi3",

@@ -1,7 +1,6 @@
 """The bytes of a GGUF file: its header, and where its tensors lie (ggml, docs/gguf.md)."""
 
 import mmap
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from typing import Any
 from runner.errors import ModelError
 from runner.models.gguf.blocks import block_type, type_name
 from runner.models.gguf.metadata import Metadata
+from runner.models.split_files import split_parts
 
 _NUMBERS = ("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d")
 """How `struct` reads a value of each of GGUF's numbered types; a string is 8, an array 9."""
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
-_PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,7 @@ def read_file(path: Path) -> GGUFFile:
 
 
 def _parts(path: Path) -> list[Path]:
-    found = _PART.fullmatch(path.name)
-    if found is None:
-        return [path]
-    count = int(found["count"])
-    parts = [
-        path.with_name(f"{found['stem']}-{number + 1:05}-of-{count:05}.gguf")
-        for number in range(count)
-    ]
+    parts = split_parts(path)
     for part in parts:
         if not part.is_file():
             raise ModelError(f"{path.name} cannot be loaded: its part {part.name} is missing")

@@ -36,6 +36,10 @@ def _scaling(file: GGUFFile) -> dict[str, Any] | None:
     kind = metadata.own("rope.scaling.type", "linear" if factor else "none")
     stretched = kind in ("linear", "yarn") and factor not in (0.0, 1.0)
     factors = _factors(file, "rope_freqs.weight")
+    if factors is not None and all(factor == 1.0 for factor in factors):
+        factors = None
+    if metadata.architecture != "phi3" and (kind == "longrope" or _is_longrope(file)):
+        raise metadata.refuse("longrope is covered for the architecture 'phi3' alone")
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise metadata.refuse(f"RoPE scaling {kind!r} is not covered")
     if factors is not None and stretched:
@@ -57,9 +61,8 @@ def _yarn(file: GGUFFile, factor: float) -> dict[str, Any]:
     return known | betas
 
 
-def short_factors(file: GGUFFile) -> list[float] | None:
-    """The factors of a longrope for contexts up to the original length, None if there are none."""
-    return _factors(file, "rope_factors_short.weight")
+def _is_longrope(file: GGUFFile) -> bool:
+    return any(name in file.tensors for name in FACTORS[1:])
 
 
 def _longrope(factors: list[float], original: int) -> dict[str, Any]:
@@ -78,13 +81,15 @@ def phi3_longrope(file: GGUFFile) -> dict[str, Any]:
     llama.cpp takes these for contexts up to the original length, which becomes the limit. The
     attention factor is what mlx-lm makes of the two lengths; one that it cannot make is refused.
     """
-    factors = short_factors(file)
+    metadata = file.metadata
+    stated = metadata.own("rope.scaling.attn_factor", 1.0)
+    factors = _factors(file, "rope_factors_short.weight")
+    if factors is None and (stated != 1.0 or _is_longrope(file)):
+        raise metadata.refuse("a longrope without rope_factors_short.weight is not covered")
     if factors is None:
         return {}
-    metadata = file.metadata
     longest = metadata.require_own("context_length")
     original = metadata.require_own("rope.scaling.original_context_length")
-    stated = metadata.own("rope.scaling.attn_factor", 1.0)
     stretch = longest / original
     made = float(np.sqrt(1 + np.log(stretch) / np.log(original))) if stretch > 1 else 1.0
     if abs(made - stated) > 1e-5:
@@ -100,4 +105,4 @@ def _factors(file: GGUFFile, name: str) -> list[float] | None:
     if tensor is None:
         return None
     factors: list[float] = unpack(tensor.kind, tensor.shape, tensor.data)["weight"].tolist()
-    return None if all(factor == 1.0 for factor in factors) else factors
+    return factors

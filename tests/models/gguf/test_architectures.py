@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from tiny_gguf import HEADS, HIDDEN, INNER, KV_HEADS, TINY_MODELS, TOKEN_IDS, tiny_gguf, write_gguf
 
 from runner.models.gguf import GGUFModel, build_model, load_gguf
-from runner.models.weights import read_model
+from runner.models.load import load_model
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "gguf_by_llama_cpp.json").read_text())[
     "tiny models"
@@ -133,10 +133,9 @@ def test_weights_of_every_type_are_the_numbers_that_they_stand_for(
     stored = {str(array.dtype) for name, array in content.weights.items() if "_proj.w" in name}
     assert stored == {"mlx.core.uint32" if is_packed else "mlx.core.float32"}
     # On a CPU the engine is given dense float32 weights, whatever the file has.
-    model, config, _ = read_model(path, dtype="auto")
+    model = load_model(str(path)).model
     assert {str(it.dtype) for _, it in tree_flatten(model.parameters())} == {"mlx.core.float32"}
     np.testing.assert_array_equal(_logits(model), _logits(unpacked))
-    assert config["max_position_embeddings"] == 1024
 
 
 def test_packed_weights_run_as_they_are(tmp_path: Path) -> None:
@@ -173,8 +172,7 @@ def test_the_context_ends_where_the_model_would_leave_the_file(
     tmp_path: Path, name: str, length: int
 ) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", *TINY_MODELS[name])
-    _, config, _ = read_model(path, dtype="auto")
-    assert load_gguf(path).context_length == config["max_position_embeddings"] == length
+    assert load_gguf(path).context_length == load_model(str(path)).max_model_len == length
 
 
 @pytest.mark.parametrize(("architecture", "dtype"), [("llama", "float16"), ("gemma2", "bfloat16")])

@@ -95,6 +95,18 @@ def _refusal(tmp_path: Path, name: str, edit: _Edit) -> str:
             "heads of 32 dimensions where 16 are an even share",
         ),
         ("phi3 longrope", _set("phi3.rope.scaling.attn_factor", 2.0), "attention factor 2 of its"),
+        ("phi3", _set("phi3.rope.scaling.attn_factor", 2.0), "without rope_factors_short.weight"),
+        (
+            "phi3 longrope",
+            lambda t, _: t.pop("rope_factors_short.weight"),
+            "without rope_factors_short.weight",
+        ),
+        ("llama", lambda t, _: t.update({"rope_factors_long.weight": _ZEROS}), "longrope is cover"),
+        (
+            "qwen3",
+            lambda t, _: t.update({"rope_freqs.weight": np.full(16, 2, np.float32)}),
+            "RoPE scaling 'longrope' is not covered for the architecture 'qwen3'",
+        ),
     ],
 )
 def test_what_is_missing_or_not_covered_is_named(
