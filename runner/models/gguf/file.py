@@ -85,7 +85,7 @@ class _Header:
         self._place = 0
 
     def read(self) -> GGUFFile:
-        if self._content[:4] != b"GGUF":
+        if bytes(self._content[:4]) != b"GGUF":
             raise ModelError(f"{self._path.name} cannot be read: it is not a GGUF file")
         self._place = 4
         version = self._number("I")

@@ -104,5 +104,5 @@ def _factors(file: GGUFFile, name: str) -> list[float] | None:
     tensor = file.tensors.get(name)
     if tensor is None:
         return None
-    factors: list[float] = unpack(tensor.kind, tensor.shape, tensor.data)["weight"].tolist()
-    return factors
+    factors = unpack(tensor.kind, tensor.shape, tensor.data)["weight"]
+    return [float(factor) for factor in np.array(factors)]
