@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from runner.models.split_files import split_parts
+
 _SUFFIXES = frozenset(
     {".safetensors", ".npz", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 )
@@ -21,7 +23,8 @@ def model_digest(path: Path) -> str:
     among them: retrained or requantised weights differ everywhere, and a model of any size takes
     a moment. A few changed numbers in between are not noticed.
     """
-    files = [path] if path.is_file() else sorted(it for it in path.iterdir() if it.is_file())
+    inside = split_parts(path) if path.is_file() else sorted(path.iterdir())
+    files = [it for it in inside if it.is_file()]
     content = hashlib.blake2b(digest_size=16)
     for file in files:
         if file.suffix in _SUFFIXES:

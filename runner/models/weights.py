@@ -13,13 +13,12 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model
 from mlx_lm.utils import load_model as load_directory
 
 from runner.errors import ModelError
-from runner.models.gguf import load_gguf
+from runner.models.gguf import build_model, load_gguf
 from runner.models.hub import one_line
 from runner.models.safetensors_files import check_weight_files, missing_files
 from runner.models.tokenizer import load_tokenizer, own_code
@@ -127,11 +126,11 @@ _Read = tuple[nn.Module, dict[str, Any], TokenizerWrapper, str | None]
 def _read(file: Path) -> _Read:
     content = load_gguf(file)
     try:
-        model = llama.Model(llama.ModelArgs.from_dict(content.config))
-        model.load_weights(list(content.weights.items()), strict=True)
+        model = build_model(content)
     except (ValueError, TypeError) as error:
         raise _unreadable(file, error) from error
-    return model, content.config, content.tokenizer, content.dtype
+    config = content.config | {"max_position_embeddings": content.context_length}
+    return model, config, content.tokenizer, content.dtype
 
 
 def _read_directory(directory: Path, trust_remote_code: bool) -> _Read:

@@ -67,3 +67,13 @@ def test_a_tokenizers_digest_is_of_what_it_does(tmp_path: Path) -> None:
     changed.chat_template = "another"
     others = [digest.tokenizer_digest(it) for it in (load_tokenizer(merged), changed)]
     assert len({ours, *others}) == 3
+
+
+def test_every_part_of_a_split_file_counts(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"a-{number:05}-of-00002.gguf" for number in (1, 2))
+    first.write_bytes(b"first")
+    second.write_bytes(b"second")
+    whole = model_digest(first)
+    assert whole == model_digest(second)
+    second.write_bytes(b"another")
+    assert model_digest(first) != whole
