@@ -59,7 +59,7 @@ class _Slot:
 
 
 class DraftModelProposer:
-    """A model with the target's vocabulary drafts; it draws with the uniforms of the row itself.
+    """A model with the target's vocabulary drafts; it draws with the numbers of the row itself.
 
     So where its distribution is like the target's, it draws the same token at any temperature.
     """
