@@ -121,6 +121,11 @@ class DraftModelProposer:
             self._slots = [self._slots[place] for place in live]
             self._runner.caches.keep_rows(live)
 
+    def clear(self) -> None:
+        """Frees all slots."""
+        self._slots = []
+        self._runner.drop_caches()
+
     def _admit(self, rows: Sequence[Row]) -> None:
         """Gives new rows a slot, with their prompts prefilled."""
         known = {slot.row for slot in self._slots if slot is not None}
