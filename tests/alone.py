@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
-from tiny import VOCAB_SIZE, make_engine, naive_distribution, request, run
+from tiny import VOCAB_SIZE, make_engine, naive_distribution, naive_winner, request, run
 
 from runner.engine.hidden_states import Head
-from runner.engine.sampler import uniforms
+from runner.engine.sampler import race_numbers
 from runner.engine.sequence import stream_key
 from runner.types import Completion, Request, SamplingParams
 
@@ -40,8 +40,8 @@ def assert_drawn_from(logits: np.ndarray, request: Request, done: Completion) ->
     stream = np.array([stream_key(request.params.seed or 0, request.key, done.index)], np.uint64)
     for position, row in enumerate(logits):
         raw = naive_distribution(row, SamplingParams(temperature=1.0))
-        uniform = float(uniforms(stream, np.array([position], np.uint64))[0])
-        assert done.token_ids[position] == int(np.argmax(np.cumsum(raw) > uniform))
+        numbers = race_numbers(stream, np.array([position], np.uint64), len(raw))
+        assert done.token_ids[position] == naive_winner(raw, numbers[0])
         expected = np.log(raw[done.token_ids[position]])
         np.testing.assert_allclose(done.raw_logprobs[position], expected, atol=1e-3)
 

@@ -156,11 +156,15 @@ class Gate:
         be made of what was read.
         """
         self._rests = rests
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all times, and what drafts gained or lost."""
         self._plain, self._verify = _Times(), _Times()
         self._step = self._num_live = 0
         self._accounts: dict[int, _Account] = {}
         self._num_idle = 0
-        self._resting = 4 if rests else 0  # Plain steps to compare with.
+        self._resting = 4 if self._rests else 0  # Plain steps to compare with.
         self._next_rest = _NUM_LOOKS
 
     @property

@@ -316,6 +316,11 @@ class ModelRunner:
         mx.synchronize()
         mx.clear_cache()
 
+    def settle(self) -> None:
+        """Waits for all that was asked for so far, so that what comes next is timed by itself."""
+        mx.eval([layer.arrays for layer in self.caches.layers])
+        mx.synchronize()
+
     def reserve(self, num_rows: int, num_columns: int, most_columns: int) -> None:
         """Makes room in the row slots, of which none will need more than `most_columns`."""
         self.caches.reserve(num_rows, num_columns, most_columns)
