@@ -114,11 +114,16 @@ def _quoted(word: str, groups: Collection[str], texts: Collection[str]) -> str:
     """
     key, _, value = word.partition("=")
     if key in texts and value[:1] not in ("'", '"') and value != "null":
-        # In Hydra's quotes a backslash is itself, but before a quote.
-        escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
-        return f"{key}='{escaped}'"
+        return f"{key}={quoted_text(value)}"
     is_name = key not in groups or not re.fullmatch(r"(?i)null|true|false|[\d.+-]+", value)
     return word if is_name else f"{key}='{value}'"
+
+
+def quoted_text(text: str) -> str:
+    """A text as Hydra's grammar has it, whatever characters it holds."""
+    # In Hydra's quotes a backslash is itself, but before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), text)
+    return f"'{escaped}'"
 
 
 def _with_custom_choices(words: list[str], rewards: Collection[str]) -> list[str]:

@@ -258,6 +258,21 @@ class ServerConfig:
     """Seconds that requests in flight have to end once the server is told to stop."""
     adapter_root: str | None = None
     """Directory below which /v1/load_lora_adapter may read; null refuses to load any."""
+    api_key_file: str | None = None
+    """File with API keys, one a line; the environment variable RUNNER_API_KEYS may hold more, a
+    comma between two. With neither, requests need no key."""
+    requests_per_minute: int | None = None
+    """Requests that a key may make, or an address where no key is needed; one beyond it is answered
+    429 and told when to come again. null sets no limit."""
+    tokens_per_minute: int | None = None
+    """Tokens of prompts and completions together that a key or an address may use; those of a
+    completion count once it has ended. null sets no limit."""
+    metrics_need_key: bool = False
+    """Asks for a key at /metrics too, which is open like /health otherwise."""
+    log_file: str | None = None
+    """File that gets a line of JSON for each request; null writes them on stderr."""
+    log_prompts: bool = False
+    """Puts the prompts into those lines."""
 
 
 @dataclass

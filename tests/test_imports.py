@@ -23,7 +23,8 @@ LEVELS = [
     {"job", "documents", "choices"},
     {"scoring_run", "sweeps"},
     {"jobs"},
-    {"cli", "arguments", "composition", "config_errors", "help", "multirun", "overrides"},
+    {"cli", "arguments", "composition", "config_errors", "environment", "help", "multirun"}
+    | {"overrides"},
 ]
 FOUNDATION, COMMAND_LINE = LEVELS[0], LEVELS[-1]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from runner.openai.requests import ENDPOINTS
 from runner.server.bodies import read_object
 from runner.server.clients import Deadline, unless_gone
+from runner.server.records import record_of
 from runner.server.service import Service
 from runner.server.streaming import EventStream, events_of
 from runner.types import PromptRequest
@@ -33,10 +34,14 @@ async def _answer(service: Service, http: Request, body: dict[str, Any]) -> Resp
     request = service.answerer.understand(http.url.path, body, is_online=True)
     deadline, name = Deadline(service.settings.request_timeout), uuid.uuid4().hex
     asked: Sequence[PromptRequest] = await deadline.of(service.encoded(request, name))
+    record = record_of(http)
+    record.admit(request, asked, service.model_of(request))
     if not request.stream:
         outputs = await deadline.of(unless_gone(http, service.outputs(asked)))
+        for output in outputs:
+            record.note(output)
         return JSONResponse(service.answerer.body(request, outputs, name=name))
-    events = events_of(service, request, asked, name=name, deadline=deadline)
+    events = events_of(service, request, asked, name=name, deadline=deadline, record=record)
     # What fails before the first piece has a status of its own.
     first = await unless_gone(http, anext(events))
     return EventStream(first, events)

@@ -17,6 +17,10 @@ from runner.openai.errors import ApiError
 from runner.openai.requests import ApiRequest
 from runner.prompts import encode_prompt
 from runner.server.engine_thread import EngineFailure, EngineThread, Ticket
+from runner.server.keys import ApiKeys
+from runner.server.limits import Limits
+from runner.server.metrics import Metrics
+from runner.server.request_log import RequestLog
 from runner.server.settings import ServerSettings
 from runner.types import PromptRequest, RequestOutput
 
@@ -26,8 +30,19 @@ T = TypeVar("T")
 class Service:
     """One model that is served."""
 
-    def __init__(self, answerer: Answerer, engine: EngineThread, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        answerer: Answerer,
+        engine: EngineThread,
+        settings: ServerSettings,
+        keys: ApiKeys | None = None,
+    ) -> None:
+        """Without `keys` everybody may ask. Raises ParameterError where there can be no log."""
         self.answerer, self.engine, self.settings = answerer, engine, settings
+        self.keys = keys or ApiKeys()
+        self.limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
+        self.metrics = Metrics(engine)
+        self.log = RequestLog(settings.log_file, shows_prompts=settings.log_prompts)
         self.started = int(time.time())
         self.adapter_paths: dict[str, str] = {}
         """Where each adapter was read, by its name."""
@@ -40,6 +55,10 @@ class Service:
     def max_model_len(self) -> int:
         """Tokens of prompt and completion together."""
         return self.answerer.llm.loaded.max_model_len
+
+    def model_of(self, request: ApiRequest) -> str:
+        """The name of what answers a request: an adapter, or the model."""
+        return self.answerer.adapter_of(request) or self.answerer.names[0]
 
     async def with_tokenizer(self, action: Callable[[Any], T]) -> T:
         """Does something with the tokenizer, on the tokenizer's thread."""
