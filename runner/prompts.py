@@ -218,11 +218,22 @@ def _templated(prompt: Prompt, tokenizer: Any) -> str:
     if options.get("tools") and "tools" not in str(tokenizer.chat_template):
         raise PromptError("the model's chat template takes no tools")
     try:
-        return str(tokenizer.apply_chat_template(prompt.messages, **options))
+        return str(tokenizer.apply_chat_template(_known(prompt.messages, tokenizer), **options))
     # A chat template is a program of the model's: it refuses messages with any kind of error.
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise PromptError(f"the model's chat template: {reason}") from error
+
+
+def _known(messages: Sequence[Message] | None, tokenizer: Any) -> list[Message]:
+    """Messages whose roles a chat template knows: `developer` is `system` to most of them."""
+    given = list(messages or ())
+    if "developer" in str(getattr(tokenizer, "chat_template", "")):
+        return given
+    return [
+        {**message, "role": "system"} if message.get("role") == "developer" else message
+        for message in given
+    ]
 
 
 def encode_bad_words(words: Sequence[str], tokenizer: Any) -> tuple[tuple[int, ...], ...]:

@@ -28,7 +28,7 @@ def _as_logit_bias(given: Any) -> dict[int, float]:
     """Ids as int, also where JSON or YAML made them str; raises ParameterError for another."""
     try:
         biases = {int(token_id): float(bias) for token_id, bias in given.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         what = "a number for each token id"
         raise ParameterError(f"logit_bias={given!r} is not allowed: {what}") from error
     if len(biases) < len(given):

@@ -33,6 +33,9 @@ KNOWN_URLS = (*ENDPOINTS, EMBEDDINGS_URL)
 MOST_SAMPLES = 16384
 """Completions that one request may ask for; vLLM's limit."""
 
+MOST_WATCHED = 4096
+"""Characters of stop strings, or of bad words, that a client who waits may ask for."""
+
 _COMPLETION_MAX_TOKENS = 16
 
 
@@ -101,6 +104,8 @@ def parse_request(
     is_chat = ENDPOINTS[url] is CHAT
     prompts = (chat_prompt(fields),) if is_chat else as_prompts("prompt", fields["prompt"])
     params = _chat_params(fields, defaults) if is_chat else _completion_params(fields, defaults)
+    if is_online:
+        _check_watched(params)
     if params.n * len(prompts) > MOST_SAMPLES:
         what = f"'n' is too large: {MOST_SAMPLES} completions of a request are allowed."
         raise ApiError(what, code="invalid_value", param="n")
@@ -116,6 +121,14 @@ def parse_request(
         include_usage=_include_usage(fields),
         priority=fields.get("priority", 0),
     )
+
+
+def _check_watched(params: SamplingParams) -> None:
+    """What is looked for after each token of one client holds up the tokens of all others."""
+    for name in ("stop", "bad_words"):
+        if sum(map(len, getattr(params, name))) > MOST_WATCHED:
+            what = f"'{name}' is too long: {MOST_WATCHED} characters in all are allowed."
+            raise ApiError(what, code="invalid_value", param=name)
 
 
 def _include_usage(fields: Mapping[str, Any]) -> bool:
