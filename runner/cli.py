@@ -92,9 +92,26 @@ def _run(overrides: list[str], told: Callable[[str], str]) -> None:
 
 
 def _run_hydra(task: Callable[[DictConfig], None]) -> None:
-    """Composes the configuration of each run and calls `task` with it."""
+    """Composes the configuration of each run and calls `task` with it.
+
+    Raises OutputError where Hydra cannot make the directory of a run.
+    """
     main = hydra.main(config_path="pkg://runner.conf", config_name="config", version_base="1.3")
-    main(task)()
+    is_running = False
+
+    def noted(config: DictConfig) -> None:
+        nonlocal is_running
+        is_running = True
+        task(config)
+        is_running = False
+
+    try:
+        main(noted)()
+    except OSError as error:
+        if is_running or error.filename is None:  # Some of Hydra's own are OSErrors too.
+            raise
+        what = f"output.dir: {error.filename} cannot be made: {error.strerror}"
+        raise OutputError(what) from error
 
 
 def _run_alone(config: DictConfig, told: Callable[[str], str]) -> None:

@@ -15,13 +15,17 @@ class ModelConfig:
     """Which weights and tokenizer (`model=`)."""
 
     path: str = MISSING
-    """A local directory, a `.gguf` file, a Hugging Face id, or `pkg://package/file.gguf`."""
+    """A local directory, a `.gguf` file, `pkg://package/file.gguf`, or a Hugging Face id, also
+    written id@revision or id:file.gguf."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     dtype: str = "auto"
-    """auto (float32 on CPU, the model's own elsewhere), float32, bfloat16 or float16."""
+    """auto (float32 on CPU, the model's own elsewhere and in convert), float32, bfloat16 or
+    float16."""
     max_model_len: int | None = None
     """Prompt and completion together, in tokens; null takes what the model states."""
+    trust_remote_code: bool = False
+    """Runs Python code that the model's files bring along, for the model and its tokenizer."""
 
 
 @dataclass
@@ -193,6 +197,9 @@ class DataConfig:
     """System message before the others; needs `chat` or `messages_column`."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables for the chat template, such as enable_thinking."""
+    tools_column: str | None = None
+    """Column with the tools that a chat may call, a list of JSON schemas or its text; null in a row
+    gives it none."""
     limit: int | None = None
     """Rows to take at most."""
     offset: int = 0

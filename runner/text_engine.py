@@ -90,6 +90,7 @@ class TextEngine:
                     logprobs_start=request.logprobs_start,
                     prompt_entropy=request.prompt_entropy,
                     adapter=request.adapter,
+                    pooling=request.pooling,
                     priority=request.priority,
                 )
             )
@@ -120,9 +121,12 @@ class TextEngine:
     def _bad_words_token_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """The bad words in token ids; a job's rows share them, so the last are remembered."""
         words = params.bad_words
-        if words not in self._bad_words:
-            self._bad_words = {words: encode_bad_words(words, self._tokenizer)}
-        return self._bad_words[words]
+        found = self._bad_words.get(words)
+        if found is None:
+            found = encode_bad_words(words, self._tokenizer)
+            # Replaced as a whole: a server checks requests beside the thread that runs them.
+            self._bad_words = {words: found}
+        return found
 
     def _tell_watchers(self) -> None:
         """Says what is new of the samples in flight, of the requests that are watched."""

@@ -17,8 +17,9 @@ class TextDelta:
     index: int
     """Which of the request's samples."""
     text: str
-    """Empty where a character is not whole, or may be the beginning of a stop string."""
+    """Without the part that is no whole character, or may be the beginning of a stop string."""
     token_ids: list[int]
+    """They come with the last of the text that they make."""
     raw_logprobs: list[float]
     logprobs: list[dict[int, Logprob]]
     """An entry for each token where `SamplingParams.logprobs` asks, else empty."""
@@ -33,30 +34,37 @@ class SampleStream:
         self._output = output
         self._stream = TextStream(decode, skip_special_tokens=params.skip_special_tokens)
         self._stop = params.stop
-        self._num_told = 0
+        self._num_read = self._num_told = 0
         self._shown = self._held = ""
+        self._whole: list[tuple[int, int]] = []
+        """Where text and tokens that are not told yet end together: in characters, in tokens."""
 
     def advance(self, row: Row) -> TextDelta | None:
         """What is new of a sample in flight; None where nothing is.
 
         A row that has started over, for want of memory, has told some of its tokens before.
         """
-        start = self._num_told
-        if len(row.token_ids) <= start:
-            return None
-        for token_id in row.token_ids[start:]:
-            self._held += self._stream.push(token_id)
+        for token_id in row.token_ids[self._num_read :]:
+            self._num_read += 1
+            if piece := self._stream.push(token_id):
+                self._held += piece
+                self._whole.append((len(self._shown) + len(self._held), self._num_read))
         shown = len(self._held) - _num_held(self._held, self._stop)
         text, self._held = self._held[:shown], self._held[shown:]
         self._shown += text
-        self._num_told = len(row.token_ids)
+        start = end = self._num_told
+        while self._whole and self._whole[0][0] <= len(self._shown):
+            end = self._whole.pop(0)[1]
+        self._num_told = end
+        if not text and start == end:
+            return None
         return TextDelta(
             output=self._output,
             index=row.index,
             text=text,
-            token_ids=row.token_ids[start:],
-            raw_logprobs=row.raw_logprobs[start:],
-            logprobs=row.logprobs[start:],
+            token_ids=row.token_ids[start:end],
+            raw_logprobs=row.raw_logprobs[start:end],
+            logprobs=row.logprobs[start:end],
         )
 
     def finish(self, completion: Completion) -> TextDelta:

@@ -1,13 +1,13 @@
 """Pieces of a growing answer -> the chunks that OpenAI's clients put together."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from runner.openai.logprobs import Spelling, chat_logprobs, completion_logprobs
 from runner.openai.requests import ApiRequest
 from runner.openai.responses import prompt_fields, usage
-from runner.text_offsets import TokenBytes, text_of, text_offsets
+from runner.text_offsets import TextOffsets, TokenBytes, text_of, text_offsets
 from runner.text_stream import TextDelta
 from runner.types import Completion, RequestOutput, TextTokens
 
@@ -16,8 +16,11 @@ from runner.types import Completion, RequestOutput, TextTokens
 class _Choice:
     """What has been sent of one choice."""
 
+    offsets: TextOffsets
+    """Of its own tokens in its own text."""
+    echoed: str = ""
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    """Its own, without what is echoed."""
     is_begun: bool = False
 
 
@@ -49,7 +52,9 @@ class Chunks:
     def of(self, place: int, delta: TextDelta) -> Iterator[dict[str, Any]]:
         """The chunks for what a sample of the prompt in a `place` has got."""
         index = place * self._request.params.n + delta.index
-        choice = self._choices.setdefault(index, _Choice())
+        if index not in self._choices:
+            self._choices[index] = _Choice(TextOffsets(self._token_bytes))
+        choice = self._choices[index]
         if not choice.is_begun:
             choice.is_begun = True
             yield from self._beginning(index, choice, delta.output)
@@ -80,8 +85,7 @@ class Chunks:
     def _echo(self, choice: _Choice, prompt: RequestOutput) -> dict[str, Any]:
         token_ids = prompt.prompt_token_ids
         text = prompt.prompt
-        choice.text = text_of(token_ids, self._token_bytes) if text is None else text
-        choice.token_ids = list(token_ids)
+        choice.echoed = text_of(token_ids, self._token_bytes) if text is None else text
         logprobs = None
         if self._request.params.logprobs is not None:
             scored = prompt.prompt_token_logprobs
@@ -89,26 +93,25 @@ class Chunks:
             shown = TextTokens(
                 token_ids=list(token_ids),
                 logprobs=scored.with_nulls(),
-                text_offsets=self._offsets(choice, 0),
+                text_offsets=[*text_offsets(choice.echoed, token_ids, self._token_bytes)],
             )
             steps = prompt.prompt_logprobs or []
             logprobs = completion_logprobs(shown, steps, self._spelling)
-        return {"text": choice.text, "logprobs": logprobs, "finish_reason": None}
+        return {"text": choice.echoed, "logprobs": logprobs, "finish_reason": None}
 
     def _piece(self, choice: _Choice, delta: TextDelta) -> dict[str, Any]:
-        start = len(choice.token_ids)
         choice.text += delta.text
-        choice.token_ids += delta.token_ids
         end = _ending(self._request, delta)
         if self._request.is_chat:
             content = {"content": delta.text} if delta.text else {}
             return {"delta": content, "logprobs": self._chat_logprobs(delta)} | end
         logprobs = None
         if self._request.params.logprobs is not None:
+            offsets = choice.offsets.of(choice.text, delta.token_ids)
             shown = TextTokens(
                 token_ids=delta.token_ids,
                 logprobs=list(delta.raw_logprobs),
-                text_offsets=self._offsets(choice, start),
+                text_offsets=[len(choice.echoed) + offset for offset in offsets],
             )
             logprobs = completion_logprobs(shown, delta.logprobs, self._spelling)
         return {"text": delta.text, "logprobs": logprobs} | end
@@ -120,10 +123,6 @@ class Chunks:
         return chat_logprobs(
             delta.token_ids, delta.raw_logprobs, delta.logprobs, self._spelling, num_top=num_top
         )
-
-    def _offsets(self, choice: _Choice, start: int) -> list[int]:
-        """Where in the choice's text its tokens from `start` on begin."""
-        return [*text_offsets(choice.text, choice.token_ids, self._token_bytes)][start:]
 
 
 def _ending(request: ApiRequest, delta: TextDelta) -> dict[str, Any]:

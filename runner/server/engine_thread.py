@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 _MOST_RESTARTS = 5
 """Times that making a new engine may fail, one after the other."""
+_SECONDS_BETWEEN_RESTARTS = 1.0
+"""After the first attempt; one more of them after each further one."""
 _log = logging.getLogger(__name__)
 
 
@@ -99,11 +101,13 @@ class EngineThread:
 
         Raises EngineFailure where the engine is gone for good.
         """
-        if self.status in ("failed", "stopped"):
-            raise EngineFailure(f"the engine has {self.status}")
         ticket = Ticket(requests, watched=watched)
         self._open.add(ticket)
-        self._inbox.put(partial(self._add, ticket))
+        try:
+            self._hand_in(partial(self._add, ticket))
+        except EngineFailure:
+            self._open.discard(ticket)
+            raise
         return ticket
 
     def close(self, ticket: Ticket) -> None:
@@ -121,11 +125,19 @@ class EngineThread:
                 done.set_result(action(self.llm))
             except Exception as error:
                 done.set_exception(error)
+            except BaseException as error:
+                done.set_exception(EngineFailure(f"{type(error).__name__}: {error}"))
+                raise
 
+        self._hand_in(act)
+        return await asyncio.wrap_future(done)
+
+    def _hand_in(self, action: Callable[[], None]) -> None:
+        self._inbox.put(action)
+        # Asked only now: a thread that ends says so before it looks into its inbox for the last
+        # time.
         if self.status in ("failed", "stopped"):
             raise EngineFailure(f"the engine has {self.status}")
-        self._inbox.put(act)
-        return await asyncio.wrap_future(done)
 
     def _run(self, open_llm: Callable[[], LLM], opened: Future[LLM]) -> None:
         try:
@@ -143,7 +155,9 @@ class EngineThread:
         if self.status != "failed":
             self.status = "stopped"
         while not self._inbox.empty():
-            self._inbox.get()()
+            # What the engine cannot do any more must not keep the others from being told.
+            with suppress(BaseException):
+                self._inbox.get()()
         for ticket in self._open.copy():
             self._tell(ticket, EngineFailure(f"the engine has {self.status}"))
         self._deliver()
@@ -208,9 +222,9 @@ class EngineThread:
         for attempt in range(_MOST_RESTARTS):
             try:
                 self.llm.restart()
-            except Exception:
+            except BaseException:
                 _log.exception("a new engine could not be made")
-                time.sleep(attempt)
+                time.sleep(attempt * _SECONDS_BETWEEN_RESTARTS)
             else:
                 self.status = "ready"
                 return

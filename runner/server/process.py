@@ -1,6 +1,10 @@
 """The process: a socket, uvicorn on it, and a clean end."""
 
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import uvicorn
 
@@ -27,13 +31,33 @@ def run_server(service: Service) -> None:
         access_log=False,
         # Anybody may send X-Forwarded-For; limits go by the address that is really there.
         proxy_headers=False,
+        lifespan="off",
         timeout_graceful_shutdown=round(settings.shutdown_timeout),
         server_header=False,
     )
+    with _signals_end_well():
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            service.engine.stop()
+
+
+@contextmanager
+def _signals_end_well() -> Iterator[None]:
+    """Lets the signal that ended the server end no more than that.
+
+    uvicorn raises it once again, for the handlers that were there before it.
+    """
+    handlers = {it: signal.signal(it, _ignore) for it in (signal.SIGINT, signal.SIGTERM)}
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        yield
     finally:
-        service.engine.stop()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 def _bound(host: str, port: int) -> socket.socket:

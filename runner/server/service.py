@@ -99,7 +99,8 @@ class Service:
             finally:
                 self.engine.close(ticket)
         except EngineFailure as error:
-            what = f"The engine failed: {error}. It starts over; try again."
+            is_back = self.engine.status in ("ready", "restarting")
+            what = f"The engine failed: {error}." + " It starts over; try again." * is_back
             raise ApiError(what, code="engine_failure", status=503) from error
 
     async def outputs(self, requests: Sequence[PromptRequest]) -> list[RequestOutput]:

@@ -66,9 +66,10 @@ def test_growing_past_the_first_capacity_changes_nothing():
 
 
 def test_end_of_sequence_is_kept_and_ends_the_row():
-    free = one(max_tokens=200, temperature=4.0, ignore_eos=True)
-    assert EOS in free.token_ids, "choose another prompt"
-    ended = one(max_tokens=200, temperature=4.0)
+    options = {"max_tokens": 200, "temperature": 4.0, "logit_bias": {EOS: 4.0}}
+    free = one(ignore_eos=True, **options)
+    assert free.token_ids.index(EOS) > 5, "choose another prompt"
+    ended = one(**options)
     assert ended.token_ids == free.token_ids[: free.token_ids.index(EOS) + 1]
     assert (ended.finish_reason, ended.stop_reason) == ("stop", None)
     assert len(ended.raw_logprobs) == len(ended.processed_logprobs) == len(ended.token_ids)
@@ -173,3 +174,18 @@ def test_the_shortest_and_the_longest_beside_each_other():
     assert done["ends at once", 0].token_ids == [EOS]
     assert done["one of one", 0].finish_reason == "stop"
     assert done["fills the context", 0].finish_reason == "length"
+
+
+def test_rows_of_clients_never_wait_for_more_than_a_chunk_of_anothers_prompt() -> None:
+    engine = make_engine(tiny_model(), prefill_step_size=8, order="fcfs", max_batch_size=8)
+    engine.add(request([5, 6, 7], "stream", max_tokens=40))
+    while not engine.sequences or not engine.sequences[0].token_ids:
+        engine.step()
+    engine.add(request([3 + i % 20 for i in range(100)], "long", max_tokens=2))
+    before = engine.stats.num_prefill_tokens
+    for _ in range(10):
+        num_tokens = len(engine.sequences[0].token_ids)
+        engine.step()
+        assert len(engine.sequences[0].token_ids) == num_tokens + 1
+        assert engine.stats.num_prefill_tokens - before <= 8
+        before = engine.stats.num_prefill_tokens
