@@ -75,24 +75,29 @@ def _full_list(items: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": items, "minItems": 1}
 
 
+_MESSAGE = {
+    "type": "object",
+    "required": ["role"],
+    "properties": {
+        "role": {"type": "string"},
+        "content": {"anyOf": [{"type": ["string", "null"]}, _full_list(_TEXT_PART)]},
+    },
+    "anyOf": [
+        {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+        {
+            "required": ["tool_calls"],
+            "properties": {"tool_calls": {"type": "array", "minItems": 1}},
+        },
+    ],
+}
+
 _NARROWED: Mapping[str, Mapping[str, Any]] = {
     "best_of": _COUNT,
     "frequency_penalty": _PENALTY,
     "logit_bias": {"additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
     "max_completion_tokens": _COUNT,
     "max_tokens": {"minimum": 0},
-    "messages": _full_list(
-        {
-            "type": "object",
-            "required": ["role"],
-            "properties": {
-                "role": {"type": "string"},
-                "content": {
-                    "anyOf": [{"type": ["string", "null"]}, _full_list(_TEXT_PART)],
-                },
-            },
-        }
-    ),
+    "messages": _full_list(_MESSAGE),
     "min_p": {"minimum": 0, "maximum": 1},
     "min_tokens": {"minimum": 0},
     "n": _COUNT,

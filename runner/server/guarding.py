@@ -10,8 +10,11 @@ from runner.server.keys import ApiKeys
 from runner.server.limits import Limits
 from runner.server.records import record_of
 
-OPEN_PATHS = ("/health", "/ready", "/version", "/metrics", "/openapi.json", "/docs")
-"""Paths that need no key and are not limited."""
+
+def open_paths(*, metrics_need_key: bool) -> set[str]:
+    """Paths that need no key and are not limited."""
+    metrics = set() if metrics_need_key else {"/metrics"}
+    return {"/health", "/ready", "/version", "/openapi.json", "/docs"} | metrics
 
 
 class Guarding:
@@ -21,7 +24,7 @@ class Guarding:
         self, app: ASGIApp, *, keys: ApiKeys, limits: Limits, metrics_need_key: bool
     ) -> None:
         self._app, self._keys, self._limits = app, keys, limits
-        self._open = {it for it in OPEN_PATHS if it != "/metrics" or not metrics_need_key}
+        self._open = open_paths(metrics_need_key=metrics_need_key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request in, or answers it."""

@@ -9,7 +9,7 @@ from runner.openai import schemas
 from runner.openai.descriptions import body_schema
 from runner.openai.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 from runner.openai.schemas import Schema, whole
-from runner.server.guarding import OPEN_PATHS
+from runner.server.guarding import open_paths
 from runner.server.service import Service
 
 _PLAIN, _JSON, _EVENTS = "text/plain", "application/json", "text/event-stream"
@@ -39,6 +39,11 @@ _LOAD_ADAPTER = whole(
 _UNLOAD_ADAPTER = whole(
     {"lora_name": {"type": "string", "minLength": 1}, "lora_int_id": {}}, optional=("lora_int_id",)
 )
+
+
+def _given(name: str) -> Schema:
+    """A body in which a field is more than null."""
+    return {"required": [name], "properties": {name: {"type": ["string", "array"]}}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +129,7 @@ OPERATIONS = (
         "/tokenize",
         "The token ids of a text or of a conversation.",
         {_JSON: schemas.TOKENS},
-        body=body_schema(TOKENIZE),
+        body=body_schema(TOKENIZE) | {"oneOf": [_given("prompt"), _given("messages")]},
         example={"prompt": "Hello", "add_special_tokens": False},
         failures=_NOT_FOUND,
     ),
@@ -146,7 +151,7 @@ OPERATIONS = (
 def document(service: Service) -> dict[str, Any]:
     """The document of a server, as its options make it."""
     needs_key = len(service.keys) > 0
-    is_open = {it for it in OPEN_PATHS if it != "/metrics" or not service.settings.metrics_need_key}
+    is_open = open_paths(metrics_need_key=service.settings.metrics_need_key)
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         shown = _shown(operation, is_open=operation.path in is_open, needs_key=needs_key)

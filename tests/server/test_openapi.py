@@ -122,6 +122,33 @@ def test_what_a_schema_takes_is_what_the_server_takes(endpoint: Any) -> None:
                 assert refuses_beyond_kind(name, value), (name, value)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "takes"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user"}]}, False),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": None}]}, False),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": []}]}, False),
+        ("/v1/chat/completions", {"messages": [{"role": "a", "tool_calls": [{}]}]}, True),
+        ("/v1/chat/completions", {"messages": []}, False),
+        ("/v1/completions", {"prompt": "a", "top_p": 0}, False),
+        ("/v1/completions", {"prompt": ["a", ""]}, False),
+        ("/v1/completions", {"prompt": "a", "stream_options": {"usage": True}}, False),
+        ("/tokenize", {"prompt": "a", "messages": None}, True),
+        ("/tokenize", {"prompt": "", "messages": MESSAGES}, False),
+        ("/tokenize", {"model": "tiny"}, False),
+        ("/detokenize", {"tokens": [-1]}, False),
+    ],
+)
+def test_what_hangs_together_is_described(
+    service: Service, path: str, body: Any, takes: bool
+) -> None:
+    content = document(service)["paths"][path]["post"]["requestBody"]["content"]
+    schema = content["application/json"]["schema"]
+    assert Draft202012Validator(schema).is_valid(body) == takes
+    short = {"max_tokens": 1} if "completions" in path else {}
+    assert (ask(service, "POST", path, json=body | short).status_code == 200) == takes
+
+
 def refuses_beyond_kind(name: str, value: Any) -> bool:
     """Whether a field is refused for its value, not for what kind of value it is."""
     return name in ("prompt", "messages", "stream_options") or isinstance(value, int | float | list)
