@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import HTTPConnection
 
-from runner.openai.requests import ApiRequest
+from runner.answerer import AnyRequest
 from runner.server.limits import Allowance
 from runner.text_stream import TextDelta
 from runner.types import Prompt, PromptRequest, RequestOutput
@@ -54,7 +54,7 @@ class RequestRecord:
         """Whether an answer was begun that has not come to its end."""
         return self._num_unanswered > 0
 
-    def admit(self, request: ApiRequest, asked: Sequence[PromptRequest], model: str) -> None:
+    def admit(self, request: AnyRequest, asked: Sequence[PromptRequest], model: str) -> None:
         """Takes down what is asked; raises `ApiError` where the client has to wait for that."""
         self.model, self.stream, self.prompts = model, request.stream, request.prompts
         num_tokens = sum(len(it.encoded[1]) for it in asked if it.encoded)
