@@ -30,8 +30,6 @@ class EmbeddingRequest:
     is_base64: bool = False
     """Whether vectors are written as base64 of little-endian float32."""
     endpoint: Endpoint = EMBEDDINGS
-    stream: bool = False
-    """A vector has no pieces."""
 
     def prompt_requests(
         self, request_id: str, *, key: str = "", adapter: str | None = None

@@ -40,7 +40,7 @@ def generation_routes(service: Service) -> APIRouter:
 
 async def _answer(service: Service, http: Request, body: dict[str, Any]) -> Response:
     request = service.answerer.understand(http.url.path, body, is_online=True)
-    asked = await _Asked.of(service, http, request)
+    asked = await _Asked.of(service, http, request, stream=request.stream)
     if not request.stream:
         outputs = await asked.outputs()
         return JSONResponse(service.answerer.body(request, outputs, name=asked.name))
@@ -68,11 +68,14 @@ class _Asked:
     requests: list[PromptRequest]
 
     @classmethod
-    async def of(cls, service: Service, http: Request, request: AnyRequest) -> "_Asked":
+    async def of(
+        cls, service: Service, http: Request, request: AnyRequest, *, stream: bool = False
+    ) -> "_Asked":
         """Encodes the prompts and takes down what is asked; raises `ApiError`."""
         deadline, name = Deadline(service.settings.request_timeout), uuid.uuid4().hex
         requests = await deadline.of(service.encoded(request, name))
-        record_of(http).admit(request, requests, service.answerer.model_of(request))
+        model = service.answerer.model_of(request)
+        record_of(http).admit(requests, model=model, stream=stream)
         return cls(service=service, http=http, name=name, deadline=deadline, requests=requests)
 
     async def outputs(self) -> list[RequestOutput]:

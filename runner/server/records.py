@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from starlette.requests import HTTPConnection
 
-from runner.answerer import AnyRequest
 from runner.server.limits import Allowance
 from runner.text_stream import TextDelta
 from runner.types import Prompt, PromptRequest, RequestOutput
@@ -54,9 +53,13 @@ class RequestRecord:
         """Whether an answer was begun that has not come to its end."""
         return self._num_unanswered > 0
 
-    def admit(self, request: AnyRequest, asked: Sequence[PromptRequest], model: str) -> None:
-        """Takes down what is asked; raises `ApiError` where the client has to wait for that."""
-        self.model, self.stream, self.prompts = model, request.stream, request.prompts
+    def admit(self, asked: Sequence[PromptRequest], *, model: str, stream: bool = False) -> None:
+        """Takes down what is asked, its prompts encoded already.
+
+        Raises `ApiError` where the client has to wait for that.
+        """
+        self.model, self.stream = model, stream
+        self.prompts = tuple(it.prompt for it in asked)
         num_tokens = sum(len(it.encoded[1]) for it in asked if it.encoded)
         self.allowance.take_prompt(num_tokens)
         self.num_prompt_tokens, self._num_unanswered = num_tokens, len(asked)
