@@ -96,6 +96,7 @@ def test_choices_have_the_numbers_of_runner_score(place, options):
 
 
 def test_rolling_perplexities_are_those_of_runner_perplexity(place):
+    """Of 65, it keeps one for the token that is sampled, and one as the HF model of it does."""
     metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
     task = {
         "output_type": "loglikelihood_rolling",
@@ -104,7 +105,7 @@ def test_rolling_perplexities_are_those_of_runner_perplexity(place):
         "metric_list": [{"metric": name} for name in metrics],
     }
     with live_server(place / "tiny") as live:
-        done = evaluated(place, live.url, task, place / "texts.jsonl", max_length=64)
+        done = evaluated(place, live.url, task, place / "texts.jsonl", max_length=65)
     rows = run_job(
         "perplexity", place, f"data.path={place / 'texts.jsonl'}", "job.preset=lm_eval",
         "job.window=64", out="rolling",
