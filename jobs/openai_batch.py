@@ -20,11 +20,13 @@ from runner.interrupt import Interrupt
 from runner.job import open_llm
 from runner.lora_options import LoraOptions
 from runner.models.load import Loader
+from runner.openai.embeddings import EmbeddingRequest
 from runner.openai.errors import ApiError
-from runner.openai.requests import KNOWN_URLS, ApiRequest
+from runner.openai.requests import EMBEDDINGS_URL, KNOWN_URLS, ApiRequest
 from runner.openai.responses import usage
+from runner.pooling import PoolingParams
 from runner.run_log import public_options
-from runner.types import ErrorInfo, PromptRequest, RequestOutput, SamplingParams
+from runner.types import ErrorInfo, Pooling, PromptRequest, RequestOutput, SamplingParams
 from runner.watch import State, Watch
 
 _DECIDING_GROUPS = ("job", "model", "sampling")
@@ -35,14 +37,16 @@ def openai_batch(
     *,
     check_model: bool = True,
     served_model_name: Sequence[str] = (),
+    pooling: Pooling = "mean",
     load_model: Loader | None = None,
 ) -> None:
     """Answers the lines of `data.path` that have no answer in `output.dir` yet.
 
     `served_model_name` has further names of the model; `check_model` refuses lines that name
-    another. `sampling` has the values of the fields that a line leaves out. `load_model` is the
-    sweep's, if it is in one.
+    another. `sampling` has the values of the fields that a line leaves out; `pooling` is that of
+    embeddings. `load_model` is the sweep's, if it is in one.
     """
+    PoolingParams(pooling=pooling)  # Refuses what it cannot be.
     plain = _plain(config)
     defaults = _defaults(plain)
     lora = LoraOptions.of(plain["lora"])
@@ -60,7 +64,9 @@ def openai_batch(
     llm = open_llm(config, load_model)
     llm.check(defaults)
     names = [*served_model_name, llm.loaded.name, llm.loaded.path, plain["model"]["path"]]
-    answerer = Answerer(llm, defaults, names, check_model=check_model, adapter=lora.default)
+    answerer = Answerer(
+        llm, defaults, names, check_model=check_model, adapter=lora.default, pooling=pooling
+    )
     tracker = instantiate(config.tracker)
     try:
         results.start()
@@ -84,7 +90,7 @@ class _Open:
     """A line whose outputs are not all there."""
 
     line: BatchLine | BadLine
-    request: ApiRequest | None = None
+    request: ApiRequest | EmbeddingRequest | None = None
     error: ApiError | None = None
     outputs: dict[int, RequestOutput] = field(default_factory=dict)
 
@@ -150,7 +156,7 @@ class _Run:
         opened = self._open[name] = _Open(line)
         try:
             if isinstance(line, BatchLine):
-                request = self._answerer.understand(line.url, line.body)
+                request = self._understood(line)
                 asked = request.prompt_requests(
                     name,
                     key=f"custom_id/{line.custom_id}",
@@ -166,6 +172,11 @@ class _Run:
         return [
             RequestOutput(request_id=f"{name}/0", prompt=None, prompt_token_ids=[], error=failed)
         ]
+
+    def _understood(self, line: BatchLine) -> ApiRequest | EmbeddingRequest:
+        if line.url == EMBEDDINGS_URL:
+            return self._answerer.understand_embedding(line.body)
+        return self._answerer.understand(line.url, line.body)
 
     def _take(self, output: RequestOutput) -> None:
         name, _, place = output.request_id.rpartition("/")
@@ -219,7 +230,10 @@ def _answered(answerer: Answerer, done: _Open) -> tuple[dict[str, Any], int]:
         if done.request is None:
             assert done.error is not None, "a line is asked or refused"
             raise done.error
-        body = answerer.body(done.request, outputs, name=_hex(done.line.id))
+        if isinstance(done.request, EmbeddingRequest):
+            body = answerer.embedding_body(done.request, outputs)
+        else:
+            body = answerer.body(done.request, outputs, name=_hex(done.line.id))
     except ApiError as error:
         told = {"code": error.code, "message": error.message, "param": error.param}
         return _answer(done.line, error.status, error.body, told), 0

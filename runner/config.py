@@ -15,13 +15,17 @@ class ModelConfig:
     """Which weights and tokenizer (`model=`)."""
 
     path: str = MISSING
-    """A local directory, a `.gguf` file, a Hugging Face id, or `pkg://package/file.gguf`."""
+    """A local directory, a `.gguf` file, `pkg://package/file.gguf`, or a Hugging Face id, also
+    written id@revision or id:file.gguf."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     dtype: str = "auto"
-    """auto (float32 on CPU, the model's own elsewhere), float32, bfloat16 or float16."""
+    """auto (float32 on CPU, the model's own elsewhere and in convert), float32, bfloat16 or
+    float16."""
     max_model_len: int | None = None
     """Prompt and completion together, in tokens; null takes what the model states."""
+    trust_remote_code: bool = False
+    """Runs Python code that the model's files bring along, for the model and its tokenizer."""
 
 
 @dataclass
@@ -193,6 +197,9 @@ class DataConfig:
     """System message before the others; needs `chat` or `messages_column`."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables for the chat template, such as enable_thinking."""
+    tools_column: str | None = None
+    """Column with the tools that a chat may call, a list of JSON schemas or its text; null in a row
+    gives it none."""
     limit: int | None = None
     """Rows to take at most."""
     offset: int = 0
@@ -251,6 +258,21 @@ class ServerConfig:
     """Seconds that requests in flight have to end once the server is told to stop."""
     adapter_root: str | None = None
     """Directory below which /v1/load_lora_adapter may read; null refuses to load any."""
+    api_key_file: str | None = None
+    """File with API keys, one a line; the environment variable RUNNER_API_KEYS may hold more, a
+    comma between two. With neither, requests need no key."""
+    requests_per_minute: int | None = None
+    """Requests that a key may make, or an address where no key is needed; one beyond it is answered
+    429 and told when to come again. null sets no limit."""
+    tokens_per_minute: int | None = None
+    """Tokens of prompts and completions together that a key or an address may use; those of a
+    completion count once it has ended. null sets no limit."""
+    metrics_need_key: bool = False
+    """Asks for a key at /metrics too, which is open like /health otherwise."""
+    log_file: str | None = None
+    """File that gets a line of JSON for each request; null writes them on stderr."""
+    log_prompts: bool = False
+    """Puts the prompts into those lines."""
 
 
 @dataclass

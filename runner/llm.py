@@ -12,22 +12,27 @@ from runner.models.load import LoadedModel, loaded_model  # First: it loads the 
 # isort: split
 from runner.batch_size import check_batch_size, settled_batch_size
 from runner.device_memory import default_memory_budget, parse_bytes
+from runner.embeddings import embeddings
 from runner.engine.adapters import SwapMode
 from runner.engine.engine import Engine
 from runner.engine.invariance import check_batch_invariance
 from runner.engine.kv_options import KVOptions
 from runner.engine.scheduler import Order
 from runner.errors import ParameterError, PromptError
+from runner.memory_fit import MemoryFit
 from runner.models.adapters import adapter_weights
 from runner.models.new_weights import exchange_weights, read_new_weights
-from runner.progress import Progress
+from runner.pooling import PoolingParams
+from runner.progress import Progress, all_of
 from runner.prompt_requests import PromptLike, adapter_names, as_prompt, prompt_requests
-from runner.scores import ScoreInput, in_order_of_work, scored_texts
+from runner.scores import ScoreInput, Tokens, in_order_of_work, scored_texts
 from runner.speculative import SpeculativeOptions
 from runner.text_engine import TextEngine
 from runner.texts import Texts
 from runner.types import (
+    Embedding,
     Message,
+    Pooling,
     Prompt,
     PromptRequest,
     RequestOutput,
@@ -63,6 +68,7 @@ class LLM:
         speculative: str | Mapping[str, Any] | None = None,
         max_adapters: int = 8,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         """Loads a model; `ModelConfig`, `EngineConfig` and `SpeculativeConfig` say what each is.
 
@@ -72,11 +78,6 @@ class LLM:
         check_batch_size(max_batch_size)
         drafting = SpeculativeOptions.of(speculative)
         budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
-        model = loaded_model(model, revision=revision, dtype=dtype, max_model_len=max_model_len)
-        self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
-        self.seed, self._num_calls = seed, 0
-        texts = Texts(model.tokenizer)
-        budget = default_memory_budget() if budget is None else budget
         kv_options = KVOptions(
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
@@ -84,32 +85,25 @@ class LLM:
             max_kv_size=max_kv_size,
             num_spare=drafting.num_spare(batch_invariant=batch_invariant),
         )
+        shared: dict[str, Any] = {"kv_options": kv_options, "prefill_step_size": prefill_step_size}
+        shared["prefix_cache_bytes"] = prefix_cache_bytes
+        place: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        place |= {"dtype": dtype, "max_model_len": max_model_len}
+        rows = None if isinstance(max_batch_size, str) else max_batch_size
+        asked: dict[str, Any] = {"max_batch_size": rows, "max_model_len": max_model_len}
+        fit = MemoryFit(memory_budget=budget, **asked, **shared)
+        model = loaded_model(model, **place, check_fit=fit)
+        self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
+        self.seed, self._num_calls = seed, 0
+        budget = default_memory_budget() if budget is None else budget
         size, self.batch_size_choice = settled_batch_size(
             max_batch_size, model, budget, kv_options, batch_invariant=batch_invariant
         )
-        make_engine = partial(
-            Engine,
-            model.model,
-            order=order,
-            memory_budget=budget,
-            prefill_step_size=prefill_step_size,
-            prefix_cache_bytes=prefix_cache_bytes,
-            max_adapters=max_adapters,
-            kv_options=kv_options,
-            max_model_len=model.max_model_len,
-            eos_token_ids=model.tokenizer.eos_token_ids,
-            decode=texts.decode,
+        shared |= {"order": order, "memory_budget": budget, "max_adapters": max_adapters}
+        self._make_text_engine = _engine_maker(
+            model, drafting, size, seed=seed, batch_invariant=batch_invariant, **shared
         )
-        if batch_invariant:
-            check_batch_invariance(make_engine, max_batch_size=size)
-        make_engine = partial(make_engine, max_batch_size=size)
-
-        def make_text_engine() -> TextEngine:
-            engine = make_engine(speculation=drafting.built(model))
-            return TextEngine(engine, texts, model.tokenizer, seed=seed)
-
-        self._make_text_engine = make_text_engine
-        self.text_engine = make_text_engine()
+        self.text_engine = self._make_text_engine()
         self.engine = self.text_engine.engine
 
     def get_tokenizer(self) -> Any:
@@ -158,13 +152,15 @@ class LLM:
         adapter: str | None | Sequence[str | None] = None,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, each a list of {role, content}.
 
-        Like `generate` otherwise; `chat_template_kwargs` are further variables of the template.
+        Like `generate` otherwise; `chat_template_kwargs` are further variables of the template, and
+        `tools` the JSON schemas of what it may call.
         """
         one = bool(messages) and isinstance(messages[0], Mapping)
-        options = dict(chat_template_kwargs or {})
+        options = dict(chat_template_kwargs or {}) | ({"tools": list(tools)} if tools else {})
         listed: list[Any] = [messages] if one else list(messages)
         prompts = [Prompt(messages=list(m), chat_template_kwargs=options) for m in listed]
         return self._run_in_order(self._requests(prompts, sampling_params, adapter), use_tqdm)
@@ -191,13 +187,7 @@ class LLM:
         scores = self.score_as_completed(
             inputs, top_logprobs=top_logprobs, entropy=entropy, adapter=adapter
         )
-        done: list[Score] = []
-        with Progress(None, enabled=use_tqdm) as progress:
-            for score in scores:
-                if score.error is not None:
-                    raise PromptError(f"input {score.index}: {score.error.message}")
-                done.append(score)
-                progress.advance(score.num_tokens)
+        done = all_of(scores, None, enabled=use_tqdm)
         return sorted(done, key=lambda score: (score.index, score.choice))
 
     def score_as_completed(
@@ -222,6 +212,49 @@ class LLM:
             for text in texts
         )
         return (by_id[output.request_id].score(output) for output in self.run(requests))
+
+    def embed(
+        self,
+        inputs: Sequence[Tokens],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None | Sequence[str | None] = None,
+        use_tqdm: bool = True,
+    ) -> list[Embedding]:
+        """Embeddings of texts, or of lists of token ids, in their order.
+
+        The hidden states after the final norm, float32, pooled over the text's tokens as
+        `PoolingParams` says; of a text the tokenizer makes the tokens of a prompt. `adapter` is as
+        in `generate`.
+
+        Raises:
+            PromptError: a text has no tokens, or does not fit the context.
+            ModelError: the model gives no embeddings.
+        """
+        found = self.embed_as_completed(
+            inputs, pooling=pooling, normalize=normalize, dimensions=dimensions, adapter=adapter
+        )
+        count = None if isinstance(inputs, str) else len(inputs)
+        return sorted(all_of(found, count, enabled=use_tqdm), key=lambda it: it.index)
+
+    def embed_as_completed(
+        self,
+        inputs: Sequence[Tokens],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None | Sequence[str | None] = None,
+    ) -> Iterator[Embedding]:
+        """Like `embed`, but yields each embedding as it is there, `index` its text's place.
+
+        A text that cannot be embedded comes out with `error` set, and the others go on.
+        """
+        params = PoolingParams(pooling=pooling, normalize=normalize, dimensions=dimensions)
+        params.check(self.engine.admission.embedding_size)
+        return embeddings(self.run, inputs, params, adapter)
 
     def run(
         self,
@@ -305,10 +338,7 @@ class LLM:
         return self.engine.weights_changed()
 
     def restart(self) -> None:
-        """Makes a new engine with the same weights and adapters, after one that has failed.
-
-        What was in flight is gone.
-        """
+        """Makes a new engine, with the same adapters, after one that failed; its rows are gone."""
         before = self.engine.adapters
         self.text_engine = self._make_text_engine()
         self.engine = self.text_engine.engine
@@ -336,3 +366,32 @@ class LLM:
     ) -> list[PromptRequest]:
         self._num_calls += 1
         return prompt_requests(prompts, sampling_params, call=self._num_calls, adapter=adapter)
+
+
+def _engine_maker(
+    model: LoadedModel,
+    drafting: SpeculativeOptions,
+    max_batch_size: int,
+    *,
+    seed: int,
+    batch_invariant: bool,
+    **options: Any,
+) -> Callable[[], TextEngine]:
+    """Makes engines of a model, with the options of `Engine`; tries out what they promise."""
+    texts = Texts(model.tokenizer)
+    make_engine = partial(
+        Engine,
+        model.model,
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.tokenizer.eos_token_ids,
+        decode=texts.decode,
+        **options,
+    )
+    if batch_invariant:
+        check_batch_invariance(make_engine, max_batch_size=max_batch_size)
+
+    def make_text_engine() -> TextEngine:
+        engine = make_engine(max_batch_size=max_batch_size, speculation=drafting.built(model))
+        return TextEngine(engine, texts, model.tokenizer, seed=seed)
+
+    return make_text_engine

@@ -90,6 +90,7 @@ class TextEngine:
                     logprobs_start=request.logprobs_start,
                     prompt_entropy=request.prompt_entropy,
                     adapter=request.adapter,
+                    pooling=request.pooling,
                     priority=request.priority,
                 )
             )

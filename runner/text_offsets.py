@@ -33,11 +33,28 @@ class TextOffsets:
         """Those of the tokens that are new in the text so far; read them before the next."""
         for token_id in token_ids:
             token = self._token_bytes(token_id)
-            if token and self._pending.getstate()[0] and token[0] & 0xC0 != 0x80:
-                # It begins a character, so the one before it stays unfinished.
-                self._pass_over(text, self._pending.decode(b"", final=True))
+            if token and token[0] & 0xC0 != 0x80 and not self._ends_a_character(text, token):
+                yield self._place
+                continue
             yield self._place
             self._pass_over(text, self._pending.decode(token))
+
+    def _ends_a_character(self, text: str, token: bytes) -> bool:
+        """Passes over a character that is unfinished where a token begins another one.
+
+        False where the text leaves that token out, and what comes behind it may go on with the
+        character.
+        """
+        begun = self._pending.getstate()
+        if not begun[0]:
+            return True
+        broken = self._pending.decode(b"", final=True)
+        said = broken + codecs.getincrementaldecoder("utf-8")("replace").decode(token)
+        if not said.startswith(text[self._place : self._place + len(said)]):
+            self._pending.setstate(begun)
+            return False
+        self._pass_over(text, broken)
+        return True
 
     def _pass_over(self, text: str, said: str) -> None:
         self._place += _num_passed(text, self._place, said)

@@ -48,3 +48,6 @@ class Guesses:
 
     def end(self, row: Row) -> None:
         self.ended.append(row)
+
+    def clear(self) -> None:
+        self.ended = []

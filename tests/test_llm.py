@@ -30,7 +30,7 @@ def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
 
 def test_a_script_for_vllm_runs(llm):
     prompts = ["Hello, my name is", "The future of AI is"]
-    sampling_params = SamplingParams(temperature=0.8, top_p=0.95, logprobs=1)
+    sampling_params = SamplingParams(temperature=0.8, top_p=0.95, logprobs=1, seed=1)
     outputs = llm.generate(prompts, sampling_params, use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
         assert output.prompt == prompt and output.finished

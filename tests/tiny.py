@@ -13,9 +13,9 @@ from naive_cache import naive_caches
 
 from runner.engine.engine import Engine
 from runner.engine.kv_options import KVOptions
-from runner.engine.sampler import uniforms
+from runner.engine.sampler import race_numbers
 from runner.engine.sequence import stream_key
-from runner.types import Completion, Request, SamplingParams, TokenLogprobs
+from runner.types import Completion, Pooling, Request, SamplingParams, TokenLogprobs
 
 VOCAB_SIZE = 97
 EOS = 2
@@ -62,6 +62,7 @@ def request(
     logprobs_start: int = 1,
     prompt_entropy: bool = False,
     adapter: str | None = None,
+    pooling: Pooling | None = None,
     **params: Any,
 ) -> Request:
     """A request whose key is its id, with seed 0, unless said otherwise."""
@@ -74,6 +75,7 @@ def request(
         logprobs_start=logprobs_start,
         prompt_entropy=prompt_entropy,
         adapter=adapter,
+        pooling=pooling,
     )
 
 
@@ -134,6 +136,15 @@ def naive_logits(logits: np.ndarray, request: Request, generated: list[int]) -> 
     return np.array(changed)
 
 
+def naive_winner(weights: np.ndarray, numbers: np.ndarray) -> int:
+    """The token that wins the two races of the sampler, in float64."""
+    blocks = [weights[start : start + 256] for start in range(0, len(weights), 256)]
+    sums = np.array([block.sum() for block in blocks], np.float64)
+    block = int(np.argmax(sums / numbers[256:]))
+    inside = blocks[block].astype(np.float64) / numbers[: len(blocks[block])]
+    return 256 * block + int(np.argmax(inside))
+
+
 def naive_sample(model: nn.Module, request: Request, index: int, **kv_options: Any) -> Completion:
     """One sample by a full forward per token: no cache, no batch, the draw in float64."""
     params, ids = request.params, list(request.prompt_token_ids)
@@ -153,8 +164,8 @@ def naive_sample(model: nn.Module, request: Request, index: int, **kv_options: A
         raw = naive_distribution(logits, SamplingParams(temperature=1.0))
         changed = naive_logits(logits, request, done.token_ids)
         processed = naive_distribution(changed, params)
-        uniform = float(uniforms(stream, np.array([position], np.uint64))[0])
-        drawn = int(np.argmax(np.cumsum(processed) > uniform))
+        numbers = race_numbers(stream, np.array([position], np.uint64), len(processed))
+        drawn = naive_winner(processed, numbers[0])
         token_id = drawn if params.temperature > 0 else int(np.argmax(changed))
         ids.append(token_id)
         done.token_ids.append(token_id)

@@ -83,11 +83,13 @@ def weights_bytes(llm: LLM) -> int:
 
 
 def timed(llm: LLM, run: Runner, workload: Workload) -> Run:
-    """Runs a workload in this process, with no prompt kept from before.
+    """Runs a workload in this process, with no prompt or text kept from before.
 
     The memory of a run that is not the engine's leaves out what the engine holds meanwhile.
     """
     llm.engine.clear_prefix_cache()
+    if llm.engine.speculation is not None:
+        llm.engine.speculation.clear()
     gc.collect()
     held = 0 if run is run_engine else mx.get_active_memory() - weights_bytes(llm)
     mx.reset_peak_memory()

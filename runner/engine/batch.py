@@ -9,7 +9,7 @@ import numpy.typing as npt
 from runner.engine.logits_processors import LogitsProcessors
 from runner.engine.lora import Adapter
 from runner.engine.model_runner import ModelRunner
-from runner.engine.sampler import Sampler, Samples, SamplingTable, uniforms
+from runner.engine.sampler import Sampler, Samples, SamplingTable, race_numbers
 from runner.engine.sequence import Draw, Sequence
 from runner.types import Logprob
 
@@ -136,13 +136,13 @@ class Batch:
             self._processors = LogitsProcessors.build(
                 self.rows, self.vocab_size, before=self._processors
             )
-        return self._sampler.sample(logits, self._table, self._uniforms(), self._processors)
+        return self._sampler.sample(logits, self._table, self._numbers(), self._processors)
 
-    def _uniforms(self) -> npt.NDArray[np.float32]:
-        """(B,): each row's uniform for its next draw."""
+    def _numbers(self) -> npt.NDArray[np.float32]:
+        """What each row's next draw takes, (B, N)."""
         streams = np.array([s.stream if s is not None else 0 for s in self.rows], np.uint64)
         counters = np.array([s.num_launched if s is not None else 0 for s in self.rows], np.uint64)
-        return uniforms(streams, counters)
+        return race_numbers(streams, counters, self.vocab_size)
 
     def launch(self, runner: ModelRunner) -> InFlight:
         """Sends the next token of every row on its way."""

@@ -59,7 +59,7 @@ class _Slot:
 
 
 class DraftModelProposer:
-    """A model with the target's vocabulary drafts; it draws with the uniforms of the row itself.
+    """A model with the target's vocabulary drafts; it draws with the numbers of the row itself.
 
     So where its distribution is like the target's, it draws the same token at any temperature.
     """
@@ -120,6 +120,11 @@ class DraftModelProposer:
         elif len(live) <= len(self._slots) // 2:
             self._slots = [self._slots[place] for place in live]
             self._runner.caches.keep_rows(live)
+
+    def clear(self) -> None:
+        """Frees all slots."""
+        self._slots = []
+        self._runner.drop_caches()
 
     def _admit(self, rows: Sequence[Row]) -> None:
         """Gives new rows a slot, with their prompts prefilled."""

@@ -57,6 +57,10 @@ class Proposer(Protocol):
         """Forgets a row that has left the batch; it need not have met it."""
         ...
 
+    def clear(self) -> None:
+        """Forgets all rows, those also that have ended."""
+        ...
+
 
 class InOrder:
     """Asks proposers in turn; a row takes the draft of the first that has one."""
@@ -83,6 +87,9 @@ class InOrder:
         """Forgets a row."""
         for proposer in self._proposers:
             proposer.end(row)
+
+    def clear(self) -> None:
+        """Nothing to forget: each of them is told by itself."""
 
 
 @dataclass(slots=True)
@@ -116,10 +123,14 @@ class NgramProposer:
             )
         self.is_free = True
         self._sizes, self._scope = (least, most), scope
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all texts."""
         self._texts: dict[Row, _Text] = {}
         self._groups: dict[str, NgramIndex] = {}
         self._num_rows: Counter[str] = Counter()
-        self._finished = RecentTexts(least, most, num_tokens=_JOB_TOKENS)
+        self._finished = RecentTexts(*self._sizes, num_tokens=_JOB_TOKENS)
 
     def bind(self, vocab_size: int) -> None:
         """Nothing to know: every token comes from a row."""
@@ -224,6 +235,10 @@ class PreviousProposer:
     def end(self, row: Row) -> None:
         """Forgets a row."""
         self._rows.pop(row, None)
+
+    def clear(self) -> None:
+        """Forgets where the rows are; the earlier run stays known."""
+        self._rows = {}
 
     def _draft(self, row: Row, count: int) -> Draft:
         if row not in self._rows:

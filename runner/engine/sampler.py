@@ -1,9 +1,13 @@
-"""From logits to tokens: per-row parameters, one uniform per row and step, float32 throughout.
+"""From logits to tokens: per-row parameters, random numbers of the row's own, float32 throughout.
 
-A token is drawn by inverting the cumulative distribution over the vocabulary in token order, so
-that what a row draws depends on its logits, its parameters and its own uniform alone. The same
-code runs on NumPy arrays where MLX computes on the CPU, and on MLX's own arrays elsewhere: `xp`
-is the one or the other.
+A token is drawn by a race: of tokens with weights w and numbers e from the exponential distribution
+the one of the largest w / e wins, and each wins as often as its weight says. So what a row draws
+depends on its logits, its parameters and its own numbers alone, and hardly on the last bits of the
+logits: another token wins only where two are level. Inverting the cumulative distribution would
+draw another one wherever a rare token's share of it is less than its rounding error.
+
+The same code runs on NumPy arrays where MLX computes on the CPU, and on MLX's own arrays elsewhere:
+`xp` is the one or the other.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runner.engine.cpu_math import log_sum_exp, on_cpu, view
+from runner.engine.random_streams import exponentials
 from runner.types import SamplingParams
 
 Array: TypeAlias = Any
@@ -25,26 +30,16 @@ _GREEDY = SamplingParams(temperature=0.0)
 _CANDIDATE_WIDTHS = (64, 1024)
 """Top-k rows are sorted to one of these widths, chosen by the row's own k, never by its mates'."""
 _BLOCK = 256
-"""Tokens whose weights are summed before the cumulative sum is taken."""
+"""Tokens that race together; blocks of them race before, each with the sum of its weights."""
 _COLDEST, _HOTTEST = 2.0**-64, 2.0**64
 """Beyond these a row draws its likeliest token, or any, all the same, and float32 runs out."""
 
 
-def uniforms(
-    streams: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]
+def race_numbers(
+    streams: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64], vocab_size: int
 ) -> npt.NDArray[np.float32]:
-    """One uniform in (0, 1) per row from its stream key and a counter; (B,) float32.
-
-    SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014) used
-    as a counter-based generator. 22 bits and a half keep u * total below total in float32.
-    """
-    with np.errstate(over="ignore"):
-        z = streams + (counters + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    uniform: npt.NDArray[np.float32] = (z >> np.uint64(42)).astype(np.float32) + np.float32(0.5)
-    return uniform * np.float32(2.0**-22)
+    """What each row's next draw takes: a number for each token of a block, then for each block."""
+    return exponentials(streams, counters, _BLOCK + -(-vocab_size // _BLOCK))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +124,10 @@ class Sampler:
         self,
         logits: mx.array,
         table: SamplingTable,
-        uniform: npt.NDArray[np.float32],
+        numbers: npt.NDArray[np.float32],
         process: Callable[[mx.array], mx.array] | None = None,
     ) -> "Samples":
-        """Draws a token for each row of `logits`, (B, V) of any float dtype, with `uniform`, (B,).
+        """Draws a token for each row of `logits`, (B, V) of any float dtype, with `race_numbers`.
 
         `process` maps the logits, (B, V) float32, to those that are sampled from. On the host the
         draws are done on return, elsewhere they are on their way.
@@ -140,17 +135,17 @@ class Sampler:
         logits = logits.astype(mx.float32)
         processed = logits if process is None else process(logits)
         if not self._on_host:
-            samples = self._draw(logits, processed, table, mx.array(uniform))
+            samples = self._draw(logits, processed, table, mx.array(numbers))
             mx.async_eval(samples.packed, samples.token_ids)  # type: ignore[no-untyped-call]
             return samples
         mx.eval(logits, processed)
         same = processed is logits
         raw = view(logits)
-        samples = self._draw(raw, raw if same else view(processed), table, uniform)
+        samples = self._draw(raw, raw if same else view(processed), table, numbers)
         return Samples(mx.array(samples.token_ids), samples.packed)
 
     def _draw(
-        self, logits: Array, processed: Array, table: SamplingTable, uniform: Array
+        self, logits: Array, processed: Array, table: SamplingTable, numbers: Array
     ) -> "Samples":
         xp = self._xp
         scaled = processed if table.temperature is None else processed / table.temperature
@@ -160,7 +155,7 @@ class Sampler:
         # The exponentials cost most: a batch without temperature or truncation needs one set.
         if kept is not logits:
             weights, normalizer = self._normalized(kept)
-        token_ids = _choose(xp, processed, weights, table, uniform)
+        token_ids = _choose(xp, processed, weights, table, numbers)
         index = token_ids[:, None]
         raw_logprobs = xp.take_along_axis(logits, index, axis=-1) - raw  # (B, 1)
         processed_logprobs = xp.take_along_axis(kept, index, axis=-1) - normalizer
@@ -212,20 +207,20 @@ class Samples:
     k alternative ids and their k raw logprobs."""
 
 
-def _choose(xp: Any, logits: Array, weights: Array, table: SamplingTable, uniform: Array) -> Array:
+def _choose(xp: Any, logits: Array, weights: Array, table: SamplingTable, numbers: Array) -> Array:
     if table.all_greedy:
         return xp.argmax(logits, axis=-1).astype(xp.int32)
-    drawn = _invert_cdf(xp, weights, uniform)
+    drawn = _winners(xp, weights, numbers)
     if table.greedy is None:
         return drawn
     return xp.where(table.greedy, xp.argmax(logits, axis=-1).astype(xp.int32), drawn)
 
 
-def _invert_cdf(xp: Any, weights: Array, uniform: Array) -> Array:
-    """The first token at which the cumulative weight passes the uniform; (B,) int32.
+def _winners(xp: Any, weights: Array, numbers: Array) -> Array:
+    """The token that wins each row's race, (B,) int32; never one of weight zero.
 
-    In two levels, blocks of tokens and then the tokens of one block: a sum over the whole
-    vocabulary one by one is slow, and loses digits of the later tokens.
+    In two rounds, blocks of tokens and then the tokens of one block: so a row needs a few hundred
+    numbers, not one for each token.
     """
     vocab_size = weights.shape[-1]
     whole = vocab_size - vocab_size % _BLOCK
@@ -233,27 +228,13 @@ def _invert_cdf(xp: Any, weights: Array, uniform: Array) -> Array:
     if whole < vocab_size:
         rest = weights[:, whole:].sum(axis=-1, keepdims=True)
         sums = xp.concatenate([sums, rest], axis=-1)
-    cumulative = xp.cumsum(sums, axis=-1)  # (B, blocks)
-    target = uniform[:, None] * cumulative[:, -1:]
-    block = _first_passing(xp, cumulative, sums, target)
-    before = xp.take_along_axis(cumulative - sums, block, axis=-1)
+    block = xp.argmax(sums / numbers[:, _BLOCK:], axis=-1)[:, None]
     columns = block * _BLOCK + xp.arange(_BLOCK)  # (B, tokens of a block)
     inside = xp.take_along_axis(weights, xp.minimum(columns, vocab_size - 1), axis=-1)
     inside = xp.where(columns < vocab_size, inside, xp.zeros_like(inside))
-    token = _first_passing(xp, xp.cumsum(inside, axis=-1), inside, target - before)
-    # A row of NaN has no weight anywhere; its token is of the vocabulary all the same.
-    return xp.minimum(block * _BLOCK + token, vocab_size - 1)[:, 0].astype(xp.int32)
-
-
-def _first_passing(xp: Any, cumulative: Array, parts: Array, target: Array) -> Array:
-    """The first part, (B, 1), at which the sum passes the target, and never one of weight zero.
-
-    Where rounding leaves the last sum short of the target, it is the last part that has weight.
-    """
-    positive = parts > 0
-    passed = (cumulative > target) & positive
-    last = parts.shape[-1] - 1 - xp.argmax(positive[:, ::-1], axis=-1)
-    return xp.where(passed.any(axis=-1), xp.argmax(passed, axis=-1), last)[:, None]
+    token = xp.argmax(inside / numbers[:, :_BLOCK], axis=-1)
+    # A row of NaN has no winner; its token is of the vocabulary all the same.
+    return xp.minimum(block[:, 0] * _BLOCK + token, vocab_size - 1).astype(xp.int32)
 
 
 def _truncate(xp: Any, scaled: Array, table: SamplingTable) -> Array:

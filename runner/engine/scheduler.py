@@ -201,7 +201,12 @@ class Scheduler:
         The lead goes alone where what the others share with it is worth waiting for: it is then in
         the prefix cache for them.
         """
-        others = self._of_one_adapter(lead)
+        pooling = lead.request.pooling
+        others = [it for it in self._of_one_adapter(lead) if it.request.pooling == pooling]
+        if pooling is not None:
+            if self._order == "offline":
+                others.sort(key=lambda it: -it.num_columns)
+            return self._fitting(lead, others, free_rows, shared=0)
         if lead.request.is_scored:
             return self._fitting(lead, _scored_with(lead, others), free_rows, shared=0)
         others = [entry for entry in others if not entry.request.is_scored]

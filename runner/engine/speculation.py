@@ -175,6 +175,14 @@ class Speculation:
             **self.stats.report(),
         }
 
+    def clear(self) -> None:
+        """Forgets the texts that it has seen and all that it measured; no row may be in flight."""
+        self.stats, self._chances, self._rows = SpeculationStats(), Acceptance(), set()
+        for proposer in self.proposers:
+            proposer.clear()
+        if self._gate is not None:
+            self._gate.clear()
+
     def _end(self, row: Row) -> None:
         self._chances.end(row)
         for proposer in (self._free, *self._costly):
@@ -183,7 +191,11 @@ class Speculation:
     def launch(self, batch: Batch) -> Launched:
         """Sends a step on its way, with drafts where they look worth it."""
         assert self._runner is not None, "bound when the engine was made"
-        started, looked = time.perf_counter(), self.needs_draws
+        looked = self.needs_draws
+        if looked:
+            # A step is not slower because new rows were written into their slots before it.
+            self._runner.settle()
+        started = time.perf_counter()
         for row in self._rows.difference(batch.sequences):
             self._end(row)
         self._rows = set(batch.sequences)

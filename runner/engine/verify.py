@@ -1,7 +1,8 @@
 """One forward over a row's last token and what is drafted behind it; the target's own draws there.
 
-A drafted token is accepted where it equals the draw, and a draw depends on its position alone
-(`uniforms`), so a row gets exactly the tokens that it would get without drafts, at any temperature.
+A drafted token is accepted where it equals the draw, and the numbers of a draw depend on its
+position alone (`race_numbers`), so a row gets exactly the tokens that it would get without drafts,
+at any temperature.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from runner.engine.batch import Batch, InFlight
 from runner.engine.logits_processors import LogitsProcessors
 from runner.engine.model_runner import ModelRunner
 from runner.engine.proposers import Draft
-from runner.engine.sampler import Sampler, Samples, uniforms
+from runner.engine.sampler import Sampler, Samples, race_numbers
 from runner.engine.sequence import Draw
 from runner.engine.sequence import Sequence as RowState
 from runner.types import Request
@@ -58,8 +59,9 @@ def draw(sampler: Sampler, logits: mx.array, positions: Sequence[Position]) -> S
     table = sampler.table([position.request.params for position in positions], vocab_size)
     streams = np.array([position.sequence.stream for position in positions], np.uint64)
     counters = np.array([position.num_launched for position in positions], np.uint64)
+    numbers = race_numbers(streams, counters, vocab_size)
     process = LogitsProcessors.build(positions, vocab_size)
-    return sampler.sample(logits, table, uniforms(streams, counters), process)
+    return sampler.sample(logits, table, numbers, process)
 
 
 @dataclass(slots=True)

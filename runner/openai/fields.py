@@ -186,6 +186,22 @@ CHAT = Endpoint(
     },
 )
 
+_ENCODINGS = ("float", "base64")
+EMBEDDINGS = Endpoint(
+    prompt_field="input",
+    fields={
+        **dict.fromkeys(("model", "user"), _TEXT),
+        "input": _PROMPT,
+        "encoding_format": Kind(
+            "'float' or 'base64'",
+            _ENCODINGS.__contains__,
+            {"type": "string", "enum": [*_ENCODINGS, None]},
+        ),
+        "dimensions": _INT,
+    },
+    neutral={"truncate_prompt_tokens": (), "add_special_tokens": (True,), "priority": (0,)},
+)
+
 
 TOKENIZE = Endpoint(
     prompt_field="",

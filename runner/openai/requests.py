@@ -26,8 +26,9 @@ ENDPOINTS: Mapping[str, Endpoint] = {
     "/v1/completions": COMPLETIONS,
     "/v1/chat/completions": CHAT,
 }
-KNOWN_URLS = (*ENDPOINTS, "/v1/embeddings")
-"""What OpenAI has under these names; the last one is not answered yet."""
+EMBEDDINGS_URL = "/v1/embeddings"
+KNOWN_URLS = (*ENDPOINTS, EMBEDDINGS_URL)
+"""What a line of a batch file may ask; `openai.embeddings` understands the last."""
 
 MOST_SAMPLES = 16384
 """Completions that one request may ask for; vLLM's limit."""
@@ -92,18 +93,16 @@ class ApiRequest:
 def parse_request(
     url: str, body: Mapping[str, Any], defaults: SamplingParams, *, is_online: bool = False
 ) -> ApiRequest:
-    """Understands the body of a request to `url`; raises `ApiError`.
+    """Understands the body of a request to `url`, one of `ENDPOINTS`; raises `ApiError`.
 
     `defaults` are the values of the fields that the body leaves out. A `max_tokens` of None there
     is OpenAI's default: 16 for a completion, what the context holds for a chat completion.
     `is_online` takes the fields for a client that waits, too.
     """
-    if url not in ENDPOINTS:
-        raise ApiError(f"{url} is not supported yet.", code="unsupported_endpoint")
     endpoint = ENDPOINTS[url].online if is_online else ENDPOINTS[url]
     fields = checked_fields(body, endpoint)
     is_chat = ENDPOINTS[url] is CHAT
-    prompts = (chat_prompt(fields),) if is_chat else _completion_prompts(fields["prompt"])
+    prompts = (chat_prompt(fields),) if is_chat else as_prompts("prompt", fields["prompt"])
     params = _chat_params(fields, defaults) if is_chat else _completion_params(fields, defaults)
     if is_online:
         _check_watched(params)
@@ -203,8 +202,8 @@ def _params(
         raise parameter_error(error, names) from error
 
 
-def _completion_prompts(value: Any) -> tuple[Prompt, ...]:
-    """A text, token ids, or a list of either, as OpenAI has it."""
+def as_prompts(name: str, value: Any) -> tuple[Prompt, ...]:
+    """A text, token ids, or a list of either, as OpenAI has it, of the field `name`."""
     if isinstance(value, str) and value:
         return (Prompt(text=value),)
     if isinstance(value, list) and value:
@@ -215,8 +214,8 @@ def _completion_prompts(value: Any) -> tuple[Prompt, ...]:
         if all(map(_is_token_ids, value)):
             return tuple(Prompt(token_ids=item) for item in value)
     what = "is not a text, a list of token ids, or a list of one of these, none of them empty."
-    message = f"Invalid 'prompt': {shortened(value)} {what}"
-    raise ApiError(message, code="invalid_value", param="prompt")
+    message = f"Invalid '{name}': {shortened(value)} {what}"
+    raise ApiError(message, code="invalid_value", param=name)
 
 
 def _is_token_ids(value: Any) -> bool:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from runner.openai.embeddings import EmbeddingRequest
 from runner.openai.errors import ApiError
 from runner.openai.logprobs import Spelling, chat_logprobs, completion_logprobs, prompt_logprobs
 from runner.openai.requests import ApiRequest
@@ -15,20 +16,24 @@ _TOO_LONG = "context_length_exceeded"
 
 
 def check_outputs(
-    request: ApiRequest, outputs: Sequence[RequestOutput], *, max_model_len: int | None
+    request: ApiRequest | EmbeddingRequest,
+    outputs: Sequence[RequestOutput],
+    *,
+    max_model_len: int | None,
 ) -> None:
     """Raises `ApiError` where some prompt was refused or some sample is not whole.
 
     A response has all of its choices or there is none.
     """
+    name = request.endpoint.prompt_field
     for place, output in enumerate(outputs):
-        where = f"prompt {place}: " if len(outputs) > 1 else ""
+        where = f"{'input' if name == 'input' else 'prompt'} {place}: " if len(outputs) > 1 else ""
         if output.error is not None:
             length = len(output.prompt_token_ids)
             is_long = max_model_len is not None and length >= max_model_len
             code = _TOO_LONG if is_long else "invalid_value"
             what = f"{where}{output.error.message}"
-            raise ApiError(what, code=code, param=request.endpoint.prompt_field)
+            raise ApiError(what, code=code, param=name)
         scored = output.prompt_token_logprobs
         if scored is not None and any(map(math.isnan, scored.logprobs)):
             what = f"{where}a logprob of the prompt's is not a number"

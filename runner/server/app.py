@@ -1,63 +1,43 @@
-"""The application: every route with what it needs, and every failure in OpenAI's shape."""
-
-import logging
+"""The application: every route with what it needs, and what goes around them all."""
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
 from runner import __version__
 from runner.openai.errors import ApiError
+from runner.server import failures
 from runner.server.adapters import adapter_routes
 from runner.server.clients import ClientGoneError
 from runner.server.control import health_routes, model_routes
+from runner.server.documentation import documentation_routes
 from runner.server.engine_thread import EngineFailure
 from runner.server.generation import generation_routes
+from runner.server.guarding import Guarding
+from runner.server.monitoring import metrics_routes
+from runner.server.observing import Observing
+from runner.server.openapi import document
 from runner.server.service import Service
 from runner.server.tokenization import tokenizer_routes
-
-_log = logging.getLogger(__name__)
-_CLIENT_GONE = 499
-"""Nobody reads it; nginx's number, for the log."""
 
 
 def create_app(service: Service) -> FastAPI:
     """The ASGI application over a service."""
-    app = FastAPI(title="runner", version=__version__)
-    app.include_router(health_routes(service))
+    # The document that FastAPI would make knows nothing of bodies that this program reads itself.
+    app = FastAPI(title="runner", version=__version__, openapi_url=None)
+    app.openapi = lambda: document(service)  # type: ignore[method-assign]
+    for routes in (health_routes, metrics_routes, documentation_routes):
+        app.include_router(routes(service))
     for routes in (generation_routes, model_routes, adapter_routes, tokenizer_routes):
         app.include_router(routes(service))
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(EngineFailure, _engine_failure)
-    app.add_exception_handler(ClientGoneError, _client_gone)
-    app.add_exception_handler(Exception, _bug)
+    app.add_exception_handler(ApiError, failures.api_error)
+    app.add_exception_handler(HTTPException, failures.http_error)
+    app.add_exception_handler(EngineFailure, failures.engine_failure)
+    app.add_exception_handler(ClientGoneError, failures.client_gone)
+    app.add_exception_handler(Exception, failures.bug)
+    need_key = service.settings.metrics_need_key
+    app.add_middleware(
+        Guarding, keys=service.keys, limits=service.limits, metrics_need_key=need_key
+    )
+    # Added last, it is the outer one.
+    app.add_middleware(Observing, metrics=service.metrics, log=service.log)
     return app
-
-
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError), "it is registered for these"
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """What routing refuses: an unknown path, a method that a path does not have."""
-    assert isinstance(error, HTTPException), "it is registered for these"
-    what = f"{request.method} {request.url.path}: {error.detail}"
-    told = ApiError(what, code=str(error.detail).lower().replace(" ", "_"))
-    return JSONResponse(told.body, status_code=error.status_code, headers=error.headers)
-
-
-async def _engine_failure(request: Request, error: Exception) -> Response:
-    told = ApiError(f"The engine failed: {error}.", code="engine_failure", status=503)
-    return JSONResponse(told.body, status_code=told.status)
-
-
-async def _client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=_CLIENT_GONE)
-
-
-async def _bug(request: Request, error: Exception) -> Response:
-    told = ApiError("The server has made a mistake; its log says which.", code="bug", status=500)
-    return JSONResponse(told.body, status_code=told.status)

@@ -29,8 +29,10 @@ def run_server(service: Service) -> None:
     )
     config = uvicorn.Config(
         create_app(service),
-        log_level="warning",
+        log_level="error",
         access_log=False,
+        # Anybody may send X-Forwarded-For; limits go by the address that is really there.
+        proxy_headers=False,
         lifespan="off",
         timeout_graceful_shutdown=round(settings.shutdown_timeout),
         server_header=False,

@@ -10,13 +10,17 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from runner.answerer import Answerer
+from runner.answerer import Answerer, AnyRequest
 from runner.errors import PromptError
 from runner.models.token_bytes import TokenBytes
 from runner.openai.errors import ApiError
 from runner.openai.requests import ApiRequest
 from runner.prompts import encode_prompt
 from runner.server.engine_thread import EngineFailure, EngineThread, Ticket
+from runner.server.keys import ApiKeys
+from runner.server.limits import Limits
+from runner.server.metrics import Metrics
+from runner.server.request_log import RequestLog
 from runner.server.settings import ServerSettings
 from runner.types import PromptRequest, RequestOutput
 
@@ -26,8 +30,19 @@ T = TypeVar("T")
 class Service:
     """One model that is served."""
 
-    def __init__(self, answerer: Answerer, engine: EngineThread, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        answerer: Answerer,
+        engine: EngineThread,
+        settings: ServerSettings,
+        keys: ApiKeys | None = None,
+    ) -> None:
+        """Without `keys` everybody may ask. Raises ParameterError where there can be no log."""
         self.answerer, self.engine, self.settings = answerer, engine, settings
+        self.keys = keys or ApiKeys()
+        self.limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
+        self.metrics = Metrics(engine)
+        self.log = RequestLog(settings.log_file, shows_prompts=settings.log_prompts)
         self.started = int(time.time())
         self.adapter_paths: dict[str, str] = {}
         """Where each adapter was read, by its name."""
@@ -46,7 +61,7 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoder, action, self.tokenizer)
 
-    async def encoded(self, request: ApiRequest, name: str) -> list[PromptRequest]:
+    async def encoded(self, request: AnyRequest, name: str) -> list[PromptRequest]:
         """The requests for the engine, their prompts in token ids; raises `ApiError`."""
         asked = request.prompt_requests(
             name, key=uuid.uuid4().hex, adapter=self.answerer.adapter_of(request)
@@ -93,13 +108,13 @@ class Service:
                 done[ticket.places[event.request_id]] = event
         return [done[place] for place in sorted(done)]
 
-    def _check_lengths(self, request: ApiRequest, prompts: Sequence[Sequence[int]]) -> None:
+    def _check_lengths(self, request: AnyRequest, prompts: Sequence[Sequence[int]]) -> None:
         most = self.settings.max_prompt_tokens
         longest = max(map(len, prompts))
         if most is not None and longest > most:
             what = f"The prompt has {longest} tokens; this server takes {most} at most."
             code, field = "context_length_exceeded", request.endpoint.prompt_field
             raise ApiError(what, code=code, param=field)
-        if request.params.n > self.settings.max_n:
+        if isinstance(request, ApiRequest) and request.params.n > self.settings.max_n:
             what = f"'n' is too large: this server gives {self.settings.max_n} at most."
             raise ApiError(what, code="invalid_value", param="n")

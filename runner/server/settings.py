@@ -22,6 +22,12 @@ class ServerSettings:
     request_timeout: float | None = 600.0
     shutdown_timeout: float = 30.0
     adapter_root: str | None = None
+    api_key_file: str | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    metrics_need_key: bool = False
+    log_file: str | None = None
+    log_prompts: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "served_model_name", tuple(self.served_model_name))
@@ -31,6 +37,8 @@ class ServerSettings:
             ("max_n", 1),
             ("max_body_bytes", 1),
             ("shutdown_timeout", 0),
+            ("requests_per_minute", 1),
+            ("tokens_per_minute", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -41,6 +49,8 @@ class ServerSettings:
             raise _refused("port", self.port, "0 to 65535, where 0 takes any that is free")
         if self.adapter_root is not None and not Path(self.adapter_root).expanduser().is_dir():
             raise _refused("adapter_root", self.adapter_root, "a directory that is there")
+        if self.log_file is not None and not Path(self.log_file).expanduser().parent.is_dir():
+            raise _refused("log_file", self.log_file, "a file in a directory that is there")
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "ServerSettings":

@@ -11,6 +11,7 @@ from runner.openai.errors import ApiError
 from runner.openai.requests import ApiRequest
 from runner.openai.responses import check_outputs, check_piece
 from runner.server.clients import Deadline
+from runner.server.records import RequestRecord
 from runner.server.service import Service
 from runner.types import PromptRequest, RequestOutput
 
@@ -40,6 +41,7 @@ async def events_of(
     *,
     name: str,
     deadline: Deadline,
+    record: RequestRecord,
 ) -> AsyncGenerator[str, None]:
     """The events of an answer, the last of which says that it is whole.
 
@@ -52,6 +54,7 @@ async def events_of(
         async with service.in_flight(asked, watched=True) as ticket:
             events = ticket.events()
             while (event := await deadline.of(anext(events, None))) is not None:
+                record.note(event)
                 if isinstance(event, RequestOutput):
                     done[ticket.places[event.request_id]] = event
                     check_outputs(request, [event], max_model_len=service.max_model_len)
@@ -65,6 +68,7 @@ async def events_of(
     except ApiError as error:
         if not is_begun:
             raise
+        record.error = error.code
         yield _event(error.body)
     yield _END
 

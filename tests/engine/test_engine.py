@@ -66,9 +66,10 @@ def test_growing_past_the_first_capacity_changes_nothing():
 
 
 def test_end_of_sequence_is_kept_and_ends_the_row():
-    free = one(max_tokens=200, temperature=4.0, ignore_eos=True)
-    assert EOS in free.token_ids, "choose another prompt"
-    ended = one(max_tokens=200, temperature=4.0)
+    options = {"max_tokens": 200, "temperature": 4.0, "logit_bias": {EOS: 4.0}}
+    free = one(ignore_eos=True, **options)
+    assert free.token_ids.index(EOS) > 5, "choose another prompt"
+    ended = one(**options)
     assert ended.token_ids == free.token_ids[: free.token_ids.index(EOS) + 1]
     assert (ended.finish_reason, ended.stop_reason) == ("stop", None)
     assert len(ended.raw_logprobs) == len(ended.processed_logprobs) == len(ended.token_ids)

@@ -1,5 +1,6 @@
 """Law 4: speculative equals plain, for any proposer, greedy and sampled."""
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -31,7 +32,19 @@ KV = {
     "full": (MODEL, {}),
     "sliding": (tiny_model(**WINDOWS), {}),
     "bounded": (MODEL, {"max_kv_size": 7}),
+    "quantised": (tiny_model(head_dim=32), {"kv_bits": 8, "kv_group_size": 32}),
+    "adapters": (MODEL, {}),
 }
+ADAPTERS = {"a": random_adapter(MODEL, 1)[0], "b": random_adapter(MODEL, 2, rank=2)[0]}
+
+
+def kept_as(name: str, **options: Any) -> Engine:
+    """An engine that keeps its rows in this way."""
+    model, kept = KV[name]
+    engine = make_engine(model, **kept, **options)
+    for adapter, weights in ADAPTERS.items() if name == "adapters" else ():
+        engine.load_adapter(adapter, weights)
+    return engine
 
 
 def drafting(known: dict[tuple[str, int], Completion], *kinds: str, **options: Any) -> Speculation:
@@ -54,11 +67,16 @@ def checked(model: Any, requests: list[Request], *kinds: str, **options: Any) ->
 @settings(max_examples=12)
 @given(workload=workloads, size=sizes, seed=st.integers(0, 99), most=st.sampled_from([1, 3, 8]))
 def test_speculative_equals_plain(name, workload, size, seed, most):
-    (model, options), requests = KV[name], as_requests(workload)
-    plain = run(make_engine(model, **options), requests)
+    requests = as_requests(workload)
+    if name == "adapters":
+        requests = [
+            replace(one, adapter=[None, "a", "b"][seed % 3 - i % 3])
+            for i, one in enumerate(requests)
+        ]
+    plain = run(kept_as(name), requests)
     guesses = Guesses(plain, seed)
     speculation = Speculation([guesses], num_draft_tokens=most)
-    done = run(make_engine(model, speculation=speculation, **options, **size), requests)
+    done = run(kept_as(name, speculation=speculation, **size), requests)
     assert done.keys() == plain.keys()
     for key, completion in plain.items():
         assert_same(done[key], completion)
@@ -184,14 +202,8 @@ def test_an_aborted_row_leaves_the_others_as_they_are(when):
     assert len(done) == 5
 
 
-ADAPTERS = {"a": random_adapter(MODEL, 1)[0], "b": random_adapter(MODEL, 2, rank=2)[0]}
-
-
 def with_adapters(**options: Any) -> Engine:
-    engine = make_engine(MODEL, max_batch_size=4, **options)
-    for name, weights in ADAPTERS.items():
-        engine.load_adapter(name, weights)
-    return engine
+    return kept_as("adapters", max_batch_size=4, **options)
 
 
 @pytest.mark.parametrize("drafts", ["guesses", "model"])
@@ -248,6 +260,43 @@ def test_with_the_gate_the_result_is_the_same(rests):
     assert False in kinds, "plain steps are timed"
 
 
+def test_what_is_cleared_is_as_new():
+    """Texts, times and counts of one run are not there in the next."""
+    rows = [
+        request([3 + i, 4, 5] * 4, f"r{i}", max_tokens=30, temperature=0.3, ignore_eos=True)
+        for i in range(4)
+    ]
+    speculation = Speculation([NgramProposer(least=1, scope="job")])
+    engine = make_engine(MODEL, max_batch_size=2, speculation=speculation)
+    first, again = run(engine, rows), run(engine, rows)
+    counted = speculation.report()
+    assert sum(it.num_accepted for it in again.values()) > 1.2 * sum(
+        it.num_accepted for it in first.values()
+    ), "its own texts of before are drafted"
+    speculation.clear()
+    assert speculation.report()["num_drafted"] == 0 < counted["num_drafted"]
+    for key, done in run(engine, rows).items():
+        assert (done.num_drafted, done.num_accepted) == (
+            first[key].num_drafted,
+            first[key].num_accepted,
+        )
+
+
+def test_only_a_step_that_may_draft_waits_for_what_came_before_it():
+    """So that its time is its own; elsewhere one step is launched before the last is read."""
+    speculation = Speculation([NgramProposer()], gate=Gate(rests=True))
+    engine = make_engine(MODEL, speculation=speculation)
+    settled, settle = [], engine._runner.settle
+
+    def counted() -> None:
+        settled.append(speculation.needs_draws)
+        settle()
+
+    engine._runner.settle = counted
+    run(engine, [request([5, 6, 7], "r", max_tokens=40, ignore_eos=True)])
+    assert 0 < len(settled) < engine.stats.num_steps and all(settled)
+
+
 def test_draws_follow_the_distribution():
     """The third token of 4,000 rows, whose first two were drafted, right or wrong."""
     params = {"max_tokens": 3, "ignore_eos": True, "allowed_token_ids": range(20, 32)}
@@ -290,6 +339,25 @@ def test_counts_of_what_was_drafted_and_accepted():
     assert {done.num_drafted for done in run(wrong, rows).values()} == {0}
     assert wrong.speculation.report()["acceptance_rate"] is None
     assert wrong.speculation.proposers[0]._vocab_size == VOCAB_SIZE
+
+
+def test_what_was_drafted_in_vain_is_counted_too():
+    rows = [request([5, 6, i], f"r{i}", max_tokens=13, ignore_eos=True) for i in range(3)]
+    engine = checked(MODEL, rows, "wrong")
+    report = engine.speculation.report()
+    assert 0 < report["num_accepted"] < report["num_drafted"]
+
+
+@pytest.mark.parametrize("kind", ["none", "right"])
+def test_a_model_that_gives_nan_ends_the_row_with_drafts_as_without(kind):
+    """A draft may have been the reason, so that the row draws again without; once."""
+    model = tiny_model(tie_word_embeddings=False)
+    model.model.embed_tokens.weight[50] = mx.nan
+    rows = [request([5, 6, i], f"r{i}", max_tokens=6, ignore_eos=True) for i in (50, 51)]
+    plain = run(make_engine(model), rows)
+    done = run(make_engine(model, speculation=drafting(plain, kind)), rows)
+    assert done["r50", 0].error == plain["r50", 0].error is not None
+    assert done["r51", 0].token_ids == plain["r51", 0].token_ids
 
 
 @pytest.mark.parametrize("count", [0, 33])

@@ -231,10 +231,6 @@ def test_without_a_prompt_the_missing_field_is_named(url: str) -> None:
     assert (error.code, error.param) == ("missing_required_parameter", expected)
 
 
-def test_embeddings_are_not_supported_yet() -> None:
-    assert refusal("/v1/embeddings", input="x").code == "unsupported_endpoint"
-
-
 def test_fields_that_ask_for_nothing_are_taken() -> None:
     labels = {"user": "u", "metadata": {"a": "b"}, "cache_salt": "s", "request_id": "r"}
     nothing = {"stream": False, "echo": False, "priority": 0, "best_of": 1, "suffix": ""}
