@@ -1,7 +1,6 @@
 """Answers OpenAI batch files: a response or an error for every line, each of them once."""
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from runner.answerer import Answerer
 from runner.data.batch_results import ERROR_FILE, OUTPUT_FILE, BatchResults
 from runner.data.error_rate import ErrorRate
 from runner.data.openai_batch import BadLine, BatchFile, BatchLine, answer_line
@@ -18,15 +18,15 @@ from runner.errors import ParameterError, StoppedError
 from runner.identity import identity
 from runner.interrupt import Interrupt
 from runner.job import open_llm
-from runner.llm import LLM
 from runner.lora_options import LoraOptions
 from runner.models.load import Loader
-from runner.models.token_bytes import TokenBytes
+from runner.openai.embeddings import EmbeddingRequest
 from runner.openai.errors import ApiError
-from runner.openai.requests import KNOWN_URLS, ApiRequest, parameter_error, parse_request
-from runner.openai.responses import check_outputs, response_body, usage
+from runner.openai.requests import EMBEDDINGS_URL, KNOWN_URLS, ApiRequest
+from runner.openai.responses import usage
+from runner.pooling import PoolingParams
 from runner.run_log import public_options
-from runner.types import ErrorInfo, PromptRequest, RequestOutput, SamplingParams
+from runner.types import ErrorInfo, Pooling, PromptRequest, RequestOutput, SamplingParams
 from runner.watch import State, Watch
 
 _DECIDING_GROUPS = ("job", "model", "sampling")
@@ -37,14 +37,16 @@ def openai_batch(
     *,
     check_model: bool = True,
     served_model_name: Sequence[str] = (),
+    pooling: Pooling = "mean",
     load_model: Loader | None = None,
 ) -> None:
     """Answers the lines of `data.path` that have no answer in `output.dir` yet.
 
     `served_model_name` has further names of the model; `check_model` refuses lines that name
-    another. `sampling` has the values of the fields that a line leaves out. `load_model` is the
-    sweep's, if it is in one.
+    another. `sampling` has the values of the fields that a line leaves out; `pooling` is that of
+    embeddings. `load_model` is the sweep's, if it is in one.
     """
+    PoolingParams(pooling=pooling)  # Refuses what it cannot be.
     plain = _plain(config)
     defaults = _defaults(plain)
     lora = LoraOptions.of(plain["lora"])
@@ -62,7 +64,9 @@ def openai_batch(
     llm = open_llm(config, load_model)
     llm.check(defaults)
     names = [*served_model_name, llm.loaded.name, llm.loaded.path, plain["model"]["path"]]
-    answerer = Answerer(llm, defaults, names, check_model=check_model, adapter=lora.default)
+    answerer = Answerer(
+        llm, defaults, names, check_model=check_model, adapter=lora.default, pooling=pooling
+    )
     tracker = instantiate(config.tracker)
     try:
         results.start()
@@ -86,7 +90,7 @@ class _Open:
     """A line whose outputs are not all there."""
 
     line: BatchLine | BadLine
-    request: ApiRequest | None = None
+    request: ApiRequest | EmbeddingRequest | None = None
     error: ApiError | None = None
     outputs: dict[int, RequestOutput] = field(default_factory=dict)
 
@@ -94,72 +98,6 @@ class _Open:
     def is_whole(self) -> bool:
         """Whether nothing of it is missing."""
         return self.request is None or len(self.outputs) == len(self.request.prompts)
-
-
-class Answerer:
-    """Turns lines into requests to a model, and what the model says into answers."""
-
-    def __init__(
-        self,
-        llm: LLM,
-        defaults: SamplingParams,
-        names: Sequence[str],
-        *,
-        check_model: bool,
-        adapter: str | None = None,
-    ) -> None:
-        """`names` are those of the model; answers say the first, or the adapter that was asked.
-
-        `adapter` is that of lines which name none.
-        """
-        self.llm = llm
-        self._defaults = defaults
-        self._names = names
-        self._check_model = check_model
-        self._adapter = adapter
-        self._token_bytes = TokenBytes(llm.tokenizer)
-
-    def understand(self, line: BatchLine) -> ApiRequest:
-        """What a line asks; raises `ApiError` where this model cannot be asked that."""
-        request = parse_request(line.url, line.body, self._defaults)
-        known = {*self._names, *self.llm.adapters}
-        is_other = request.model is not None and request.model not in known
-        if self._check_model and is_other:
-            what = f"The model {request.model!r} does not exist; this one is {self._names[0]!r}."
-            raise ApiError(what, code="model_not_found", param="model", status=404)
-        try:
-            self.llm.check(request.params)
-        except ParameterError as error:
-            raise parameter_error(error, {}) from error
-        return request
-
-    def adapter_of(self, request: ApiRequest) -> str | None:
-        """The adapter that a request names as its model, or that of all."""
-        return request.model if request.model in self.llm.adapters else self._adapter
-
-    def answer(self, done: _Open) -> tuple[dict[str, Any], int]:
-        """The line of the output file or the error file, and the tokens it took."""
-        if isinstance(done.line, BadLine):
-            return done.line.answer, 0
-        outputs = [output for _, output in sorted(done.outputs.items())]
-        try:
-            if done.request is None:
-                assert done.error is not None, "a line is asked or refused"
-                raise done.error
-            most = self.llm.engine.max_model_len
-            check_outputs(done.request, outputs, max_model_len=most)
-            body = response_body(
-                done.request,
-                outputs,
-                name=_hex(done.line.id),
-                model=self.adapter_of(done.request) or self._names[0],
-                created=int(time.time()),
-                token_bytes=self._token_bytes,
-            )
-        except ApiError as error:
-            told = {"code": error.code, "message": error.message, "param": error.param}
-            return _answer(done.line, error.status, error.body, told), 0
-        return _answer(done.line, 200, body, None), usage(outputs)["completion_tokens"]
 
 
 class _Run:
@@ -218,7 +156,7 @@ class _Run:
         opened = self._open[name] = _Open(line)
         try:
             if isinstance(line, BatchLine):
-                request = self._answerer.understand(line)
+                request = self._understood(line)
                 asked = request.prompt_requests(
                     name,
                     key=f"custom_id/{line.custom_id}",
@@ -235,6 +173,11 @@ class _Run:
             RequestOutput(request_id=f"{name}/0", prompt=None, prompt_token_ids=[], error=failed)
         ]
 
+    def _understood(self, line: BatchLine) -> ApiRequest | EmbeddingRequest:
+        if line.url == EMBEDDINGS_URL:
+            return self._answerer.understand_embedding(line.body)
+        return self._answerer.understand(line.url, line.body)
+
     def _take(self, output: RequestOutput) -> None:
         name, _, place = output.request_id.rpartition("/")
         opened = self._open[name]
@@ -242,7 +185,7 @@ class _Run:
         if not opened.is_whole:
             return
         del self._open[name]
-        answer, num_tokens = self._answerer.answer(opened)
+        answer, num_tokens = _answered(self._answerer, opened)
         error = answer["error"]
         is_committed = self._results.write(answer)
         self._watch.row(num_tokens, error=error["code"] if error else None)
@@ -276,6 +219,25 @@ class _Run:
         print(f"\n  answers   {results.num_answers} in {results.directory / OUTPUT_FILE}")
         print(f"  errors    {results.errors.total()} in {results.directory / ERROR_FILE}")
         print(f"  tokens    {tokens}: {run['tokens_per_second']:.0f} tokens/s")
+
+
+def _answered(answerer: Answerer, done: _Open) -> tuple[dict[str, Any], int]:
+    """The line of the output file or the error file, and the tokens it took."""
+    if isinstance(done.line, BadLine):
+        return done.line.answer, 0
+    outputs = [output for _, output in sorted(done.outputs.items())]
+    try:
+        if done.request is None:
+            assert done.error is not None, "a line is asked or refused"
+            raise done.error
+        if isinstance(done.request, EmbeddingRequest):
+            body = answerer.embedding_body(done.request, outputs)
+        else:
+            body = answerer.body(done.request, outputs, name=_hex(done.line.id))
+    except ApiError as error:
+        told = {"code": error.code, "message": error.message, "param": error.param}
+        return _answer(done.line, error.status, error.body, told), 0
+    return _answer(done.line, 200, body, None), usage(outputs)["completion_tokens"]
 
 
 def _answer(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runner.llm import LLM as LLM
     from runner.types import Completion as Completion
+    from runner.types import Embedding as Embedding
     from runner.types import Logprob as Logprob
     from runner.types import RequestOutput as RequestOutput
     from runner.types import SamplingParams as SamplingParams
@@ -21,6 +22,7 @@ if not (_root / "conf").is_dir() and (_root.parent / "pyproject.toml").is_file()
 _PUBLIC = {
     "LLM": "runner.llm",
     "Completion": "runner.types",
+    "Embedding": "runner.types",
     "Logprob": "runner.types",
     "RequestOutput": "runner.types",
     "SamplingParams": "runner.types",

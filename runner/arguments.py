@@ -70,7 +70,8 @@ def parse_arguments(
     words = [f"job={job}" if word is job else _spelled(word) for word in parsed.words]
     place = None
     if option := positional.get(job or ""):
-        words = [f"{option}={word}" if word in bare[1:2] else word for word in words]
+        places = [word for word in parsed.words if word in bare[1:] or _is_path(word)]
+        words = [f"{option}={word}" if word in places[:1] else word for word in words]
         place = _value(option, words)
     if parsed.multirun:
         words.append(MULTIRUN)
@@ -84,6 +85,12 @@ def parse_arguments(
         flags=_hydra_flags(parsed),
         place=place,
     )
+
+
+def _is_path(word: str) -> bool:
+    """Whether a word with a `=` is a path all the same, as those of the points of a sweep."""
+    key, equals, _ = word.partition("=")
+    return bool(equals) and "/" in key and not key.startswith(("hydra/", "+", "~"))
 
 
 def _spelled(word: str) -> str:
@@ -107,11 +114,16 @@ def _quoted(word: str, groups: Collection[str], texts: Collection[str]) -> str:
     """
     key, _, value = word.partition("=")
     if key in texts and value[:1] not in ("'", '"') and value != "null":
-        # In Hydra's quotes a backslash is itself, but before a quote.
-        escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), value)
-        return f"{key}='{escaped}'"
+        return f"{key}={quoted_text(value)}"
     is_name = key not in groups or not re.fullmatch(r"(?i)null|true|false|[\d.+-]+", value)
     return word if is_name else f"{key}='{value}'"
+
+
+def quoted_text(text: str) -> str:
+    """A text as Hydra's grammar has it, whatever characters it holds."""
+    # In Hydra's quotes a backslash is itself, but before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), text)
+    return f"'{escaped}'"
 
 
 def _with_custom_choices(words: list[str], rewards: Collection[str]) -> list[str]:

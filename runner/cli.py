@@ -22,6 +22,7 @@ from runner import __version__
 from runner.arguments import MULTIRUN, Arguments, parse_arguments
 from runner.composition import POSITIONAL, USES, choices, positionals, register, unknown_keys
 from runner.config_errors import explain
+from runner.environment import JOB, beneath, blaming, read_environment
 from runner.errors import OutputError, ParameterError, StoppedError, UsageError
 from runner.help import job_help, program_help
 from runner.models.blas import load_blas, pin_kernels
@@ -63,9 +64,13 @@ def _dispatch(argv: list[str]) -> None:
         print(program_help())
     else:
         _check_place(arguments)
+        variables = []
+        if arguments.job == JOB:
+            variables = read_environment(os.environ, groups["job"][JOB])
+        overrides = beneath(variables, arguments.overrides, groups)
         # Hydra reads the process's arguments; flags come after the words or it refuses the rest.
-        sys.argv[1:] = arguments.overrides + arguments.flags
-        _run(arguments.overrides)
+        sys.argv[1:] = overrides + arguments.flags
+        _run(overrides, partial(blaming, variables=variables, overrides=arguments.overrides))
 
 
 def _check_place(arguments: Arguments) -> None:
@@ -76,9 +81,10 @@ def _check_place(arguments: Arguments) -> None:
         raise OutputError(f"{arguments.place}: no such directory")
 
 
-def _run(overrides: list[str]) -> None:
+def _run(overrides: list[str], told: Callable[[str], str]) -> None:
+    """`told` has the last word on what a user is told of a mistake."""
     if MULTIRUN not in overrides:
-        _run_hydra(_run_alone)
+        _run_hydra(lambda config: _run_alone(config, told))
         return
     if any(re.fullmatch(r"(?i)engine\.batch_invariant=.*true.*", word) for word in overrides):
         pin_kernels()  # One BLAS serves all points, and the first would load it without.
@@ -86,17 +92,34 @@ def _run(overrides: list[str]) -> None:
 
 
 def _run_hydra(task: Callable[[DictConfig], None]) -> None:
-    """Composes the configuration of each run and calls `task` with it."""
+    """Composes the configuration of each run and calls `task` with it.
+
+    Raises OutputError where Hydra cannot make the directory of a run.
+    """
     main = hydra.main(config_path="pkg://runner.conf", config_name="config", version_base="1.3")
-    main(task)()
+    is_running = False
+
+    def noted(config: DictConfig) -> None:
+        nonlocal is_running
+        is_running = True
+        task(config)
+        is_running = False
+
+    try:
+        main(noted)()
+    except OSError as error:
+        if is_running or error.filename is None:  # Some of Hydra's own are OSErrors too.
+            raise
+        what = f"output.dir: {error.filename} cannot be made: {error.strerror}"
+        raise OutputError(what) from error
 
 
-def _run_alone(config: DictConfig) -> None:
+def _run_alone(config: DictConfig, told: Callable[[str], str]) -> None:
     """Runs one job; it leaves by SystemExit on a usage error, which Hydra does not report again."""
     try:
         _run_job(config, load_model=None)
     except (UsageError, StoppedError, HydraException) as error:
-        _exit_with(error)
+        _exit_with(error, told)
 
 
 def _run_job(config: DictConfig, **given: Any) -> None:
@@ -143,14 +166,15 @@ def _remove_if_empty(directory: Path) -> None:
     made = [directory, *directory.parents]
     below = [path for path in made if path.is_relative_to(Path.cwd()) and path != Path.cwd()]
     with suppress(OSError):
-        for path in below or made[:1]:
+        # Of a place elsewhere, itself alone; a job that makes none has the working directory.
+        for path in below if directory.is_relative_to(Path.cwd()) else made[:1]:
             path.rmdir()
 
 
-def _exit_with(error: Exception) -> NoReturn:
+def _exit_with(error: Exception, told: Callable[[str], str] = str) -> NoReturn:
     """Leaves with one line if the user can mend it; anything else is a bug and propagates."""
     message = explain(error)
     if message is None:
         raise error
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {told(message)}", file=sys.stderr)
     sys.exit(1 if isinstance(error, StoppedError) else 2)

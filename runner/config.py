@@ -15,13 +15,17 @@ class ModelConfig:
     """Which weights and tokenizer (`model=`)."""
 
     path: str = MISSING
-    """A local directory, a `.gguf` file, a Hugging Face id, or `pkg://package/file.gguf`."""
+    """A local directory, a `.gguf` file, `pkg://package/file.gguf`, or a Hugging Face id, also
+    written id@revision or id:file.gguf."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id."""
     dtype: str = "auto"
-    """auto (float32 on CPU, the model's own elsewhere), float32, bfloat16 or float16."""
+    """auto (float32 on CPU, the model's own elsewhere and in convert), float32, bfloat16 or
+    float16."""
     max_model_len: int | None = None
     """Prompt and completion together, in tokens; null takes what the model states."""
+    trust_remote_code: bool = False
+    """Runs Python code that the model's files bring along, for the model and its tokenizer."""
 
 
 @dataclass
@@ -35,6 +39,9 @@ class EngineConfig:
     # Any: Hydra has no type for a number or one word; `LLM` checks it.
     max_batch_size: Any = 32
     """Rows decoded together; auto measures once per model and device what pays."""
+    order: str = "offline"
+    """In which requests are taken: offline chooses what keeps the batch full and shares most, fcfs
+    takes them as they came, which is what many clients of a server want."""
     memory_budget: str | None = None
     """Bytes that weights, caches and forwards may take together, also written 8GiB or 500MB; fewer
     rows run at once where they are long. null takes a share of what the device has."""
@@ -190,6 +197,9 @@ class DataConfig:
     """System message before the others; needs `chat` or `messages_column`."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables for the chat template, such as enable_thinking."""
+    tools_column: str | None = None
+    """Column with the tools that a chat may call, a list of JSON schemas or its text; null in a row
+    gives it none."""
     limit: int | None = None
     """Rows to take at most."""
     offset: int = 0
@@ -225,6 +235,47 @@ class OutputConfig:
 
 
 @dataclass
+class ServerConfig:
+    """How `runner serve` listens, and what it takes from whom (`server=`)."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in."""
+    port: int = 8000
+    """0 takes any that is free."""
+    served_model_name: list[str] = field(default_factory=list)
+    """Further names of the model; answers say the first."""
+    max_waiting: int = 256
+    """Prompts that may wait while the batch is full; a request beyond it is answered 429."""
+    max_prompt_tokens: int | None = None
+    """Tokens of a prompt at most; null for what the context holds."""
+    max_n: int = 128
+    """Completions of one prompt at most."""
+    max_body_bytes: int = 8388608
+    """Bytes of a request's body at most; one beyond it is answered 413."""
+    request_timeout: float | None = 600.0
+    """Seconds until a request that is not done is answered 504; null waits for ever."""
+    shutdown_timeout: float = 30.0
+    """Seconds that requests in flight have to end once the server is told to stop."""
+    adapter_root: str | None = None
+    """Directory below which /v1/load_lora_adapter may read; null refuses to load any."""
+    api_key_file: str | None = None
+    """File with API keys, one a line; the environment variable RUNNER_API_KEYS may hold more, a
+    comma between two. With neither, requests need no key."""
+    requests_per_minute: int | None = None
+    """Requests that a key may make, or an address where no key is needed; one beyond it is answered
+    429 and told when to come again. null sets no limit."""
+    tokens_per_minute: int | None = None
+    """Tokens of prompts and completions together that a key or an address may use; those of a
+    completion count once it has ended. null sets no limit."""
+    metrics_need_key: bool = False
+    """Asks for a key at /metrics too, which is open like /health otherwise."""
+    log_file: str | None = None
+    """File that gets a line of JSON for each request; null writes them on stderr."""
+    log_prompts: bool = False
+    """Puts the prompts into those lines."""
+
+
+@dataclass
 class Config:
     """The root: one node per group."""
 
@@ -235,6 +286,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     output: Any = MISSING
     reward: Any = None
     tracker: Any = None

@@ -32,6 +32,7 @@ def identity(config: Mapping[str, Any], groups: Collection[str]) -> dict[str, An
         for key, value in values.items()
     }
     model = config["model"]
-    found = resolve_model(model["path"], revision=model["revision"])
+    trusts = model["trust_remote_code"]
+    found = resolve_model(model["path"], revision=model["revision"], trust_remote_code=trusts)
     weights = {"model.weights": model_digest(found)}
     return {key: options[key] for key in options if key not in _NOT_DECIDING} | weights

@@ -234,14 +234,15 @@ class RunContext:
         return row.row_id in self.writer.done_rows
 
     def write_scores(self, row: NamedRow, scores: Sequence[Mapping[str, Any]]) -> None:
-        """Writes the result rows of one input row, which only has been scored."""
+        """Writes the result rows of one input row, which only has been scored or embedded."""
         shared = {self._names[name]: value for name, value in row.row.items()}
         shared |= {"row_id": row.row_id, "model": self.llm.loaded.name, "adapter": row.adapter}
         if row.adapter in self.llm.adapters:
             shared["adapter_digest"] = self.llm.adapters[row.adapter]
         self._behind.write([{**shared, **score} for score in scores])
         errors = [score["error"]["type"] for score in scores if score.get("error")]
-        num_tokens = sum(score.get("num_scored") or 0 for score in scores)
+        useful = (it.get("num_scored", it.get("num_tokens")) for it in scores)
+        num_tokens = sum(count or 0 for count in useful)
         self._watch.row(num_tokens, error=errors[0] if errors else None)
 
     def write(
@@ -306,7 +307,8 @@ class RunContext:
     def _save_summary(self, state: State = "running") -> dict[str, Any]:
         """Tells of a commit, in the thread that made it."""
         seconds = time.monotonic() - self._started
-        numbers = summary(self.writer, self.llm, total=self._num_rows, seconds=seconds)
+        total, rows = self._num_rows, self._watch.num_rows
+        numbers = summary(self.writer, self.llm, total=total, num_rows=rows, seconds=seconds)
         numbers |= {"state": state} | dict(self.summarize(self.writer.totals)) | self._certified
         self._save(SUMMARY_FILE, json.dumps(numbers, indent=2) + "\n")
         reward = numbers["reward"]

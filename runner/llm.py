@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,38 +12,33 @@ from runner.models.load import LoadedModel, loaded_model  # First: it loads the 
 # isort: split
 from runner.batch_size import check_batch_size, settled_batch_size
 from runner.device_memory import default_memory_budget, parse_bytes
+from runner.embeddings import embeddings
 from runner.engine.adapters import SwapMode
 from runner.engine.engine import Engine
 from runner.engine.invariance import check_batch_invariance
 from runner.engine.kv_options import KVOptions
-from runner.errors import ParameterError, PromptError, RowError
+from runner.engine.scheduler import Order
+from runner.errors import ParameterError, PromptError
+from runner.memory_fit import MemoryFit
 from runner.models.adapters import adapter_weights
 from runner.models.new_weights import exchange_weights, read_new_weights
-from runner.progress import Progress
+from runner.pooling import PoolingParams
+from runner.progress import Progress, all_of
 from runner.prompt_requests import PromptLike, adapter_names, as_prompt, prompt_requests
-from runner.prompts import encode_bad_words, encode_prompt
-from runner.scores import ScoreInput, in_order_of_work, scored_texts
+from runner.scores import ScoreInput, Tokens, in_order_of_work, scored_texts
 from runner.speculative import SpeculativeOptions
+from runner.text_engine import TextEngine
 from runner.texts import Texts
 from runner.types import (
-    Completion,
-    ErrorInfo,
+    Embedding,
     Message,
+    Pooling,
     Prompt,
     PromptRequest,
-    Request,
     RequestOutput,
     SamplingParams,
     Score,
 )
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A request in flight, and the samples of it that have finished."""
-
-    request: PromptRequest
-    output: RequestOutput
 
 
 class LLM:
@@ -61,6 +56,7 @@ class LLM:
         dtype: str = "auto",
         max_model_len: int | None = None,
         max_batch_size: int | str = 32,
+        order: Order = "offline",
         memory_budget: int | str | None = None,
         prefill_step_size: int = 2048,
         prefix_cache_bytes: int = 2**28,
@@ -72,6 +68,7 @@ class LLM:
         speculative: str | Mapping[str, Any] | None = None,
         max_adapters: int = 8,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         """Loads a model; `ModelConfig`, `EngineConfig` and `SpeculativeConfig` say what each is.
 
@@ -81,10 +78,6 @@ class LLM:
         check_batch_size(max_batch_size)
         drafting = SpeculativeOptions.of(speculative)
         budget = None if memory_budget is None else parse_bytes("memory_budget", memory_budget)
-        model = loaded_model(model, revision=revision, dtype=dtype, max_model_len=max_model_len)
-        self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
-        self.seed, self._texts = seed, Texts(model.tokenizer)
-        budget = default_memory_budget() if budget is None else budget
         kv_options = KVOptions(
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
@@ -92,26 +85,26 @@ class LLM:
             max_kv_size=max_kv_size,
             num_spare=drafting.num_spare(batch_invariant=batch_invariant),
         )
+        shared: dict[str, Any] = {"kv_options": kv_options, "prefill_step_size": prefill_step_size}
+        shared["prefix_cache_bytes"] = prefix_cache_bytes
+        place: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        place |= {"dtype": dtype, "max_model_len": max_model_len}
+        rows = None if isinstance(max_batch_size, str) else max_batch_size
+        asked: dict[str, Any] = {"max_batch_size": rows, "max_model_len": max_model_len}
+        fit = MemoryFit(memory_budget=budget, **asked, **shared)
+        model = loaded_model(model, **place, check_fit=fit)
+        self.loaded, self.model, self.tokenizer = model, model.model, model.tokenizer
+        self.seed, self._num_calls = seed, 0
+        budget = default_memory_budget() if budget is None else budget
         size, self.batch_size_choice = settled_batch_size(
             max_batch_size, model, budget, kv_options, batch_invariant=batch_invariant
         )
-        make_engine = partial(
-            Engine,
-            model.model,
-            memory_budget=budget,
-            prefill_step_size=prefill_step_size,
-            prefix_cache_bytes=prefix_cache_bytes,
-            max_adapters=max_adapters,
-            kv_options=kv_options,
-            max_model_len=model.max_model_len,
-            eos_token_ids=model.tokenizer.eos_token_ids,
-            decode=self._texts.decode,
+        shared |= {"order": order, "memory_budget": budget, "max_adapters": max_adapters}
+        self._make_text_engine = _engine_maker(
+            model, drafting, size, seed=seed, batch_invariant=batch_invariant, **shared
         )
-        if batch_invariant:
-            check_batch_invariance(make_engine, max_batch_size=size)
-        self.engine = make_engine(max_batch_size=size, speculation=drafting.built(model))
-        self._bad_words: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
-        self._num_calls, self._pending = 0, dict[str, _Pending]()
+        self.text_engine = self._make_text_engine()
+        self.engine = self.text_engine.engine
 
     def get_tokenizer(self) -> Any:
         """The tokenizer, by the name that vLLM gives this."""
@@ -159,13 +152,15 @@ class LLM:
         adapter: str | None | Sequence[str | None] = None,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, each a list of {role, content}.
 
-        Like `generate` otherwise; `chat_template_kwargs` are further variables of the template.
+        Like `generate` otherwise; `chat_template_kwargs` are further variables of the template, and
+        `tools` the JSON schemas of what it may call.
         """
         one = bool(messages) and isinstance(messages[0], Mapping)
-        options = dict(chat_template_kwargs or {})
+        options = dict(chat_template_kwargs or {}) | ({"tools": list(tools)} if tools else {})
         listed: list[Any] = [messages] if one else list(messages)
         prompts = [Prompt(messages=list(m), chat_template_kwargs=options) for m in listed]
         return self._run_in_order(self._requests(prompts, sampling_params, adapter), use_tqdm)
@@ -192,13 +187,7 @@ class LLM:
         scores = self.score_as_completed(
             inputs, top_logprobs=top_logprobs, entropy=entropy, adapter=adapter
         )
-        done: list[Score] = []
-        with Progress(None, enabled=use_tqdm) as progress:
-            for score in scores:
-                if score.error is not None:
-                    raise PromptError(f"input {score.index}: {score.error.message}")
-                done.append(score)
-                progress.advance(score.num_tokens)
+        done = all_of(scores, None, enabled=use_tqdm)
         return sorted(done, key=lambda score: (score.index, score.choice))
 
     def score_as_completed(
@@ -224,6 +213,49 @@ class LLM:
         )
         return (by_id[output.request_id].score(output) for output in self.run(requests))
 
+    def embed(
+        self,
+        inputs: Sequence[Tokens],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None | Sequence[str | None] = None,
+        use_tqdm: bool = True,
+    ) -> list[Embedding]:
+        """Embeddings of texts, or of lists of token ids, in their order.
+
+        The hidden states after the final norm, float32, pooled over the text's tokens as
+        `PoolingParams` says; of a text the tokenizer makes the tokens of a prompt. `adapter` is as
+        in `generate`.
+
+        Raises:
+            PromptError: a text has no tokens, or does not fit the context.
+            ModelError: the model gives no embeddings.
+        """
+        found = self.embed_as_completed(
+            inputs, pooling=pooling, normalize=normalize, dimensions=dimensions, adapter=adapter
+        )
+        count = None if isinstance(inputs, str) else len(inputs)
+        return sorted(all_of(found, count, enabled=use_tqdm), key=lambda it: it.index)
+
+    def embed_as_completed(
+        self,
+        inputs: Sequence[Tokens],
+        *,
+        pooling: Pooling = "mean",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        adapter: str | None | Sequence[str | None] = None,
+    ) -> Iterator[Embedding]:
+        """Like `embed`, but yields each embedding as it is there, `index` its text's place.
+
+        A text that cannot be embedded comes out with `error` set, and the others go on.
+        """
+        params = PoolingParams(pooling=pooling, normalize=normalize, dimensions=dimensions)
+        params.check(self.engine.admission.embedding_size)
+        return embeddings(self.run, inputs, params, adapter)
+
     def run(
         self,
         requests: Iterable[PromptRequest | RequestOutput],
@@ -236,7 +268,7 @@ class LLM:
         among the requests, of a row that failed before it was one, is passed on. `interrupted` is
         asked after every step: once it says so, the run ends and drops what is in flight.
         """
-        if self._pending:
+        if self.text_engine.request_ids:
             raise RuntimeError("this LLM is in the middle of another run")
         source, more = iter(requests), True
         try:
@@ -244,17 +276,22 @@ class LLM:
                 while more and self.engine.wants_requests:
                     request = next(source, None)
                     more = request is not None
-                    if request is not None and (refused := self._start(request)):
+                    if isinstance(request, RequestOutput):
+                        yield request
+                    elif request is not None and (refused := self.text_engine.add(request)):
                         yield refused
-                for completion in self.engine.step():
-                    if output := self._finish(completion):
-                        yield output
+                yield from self.text_engine.step()
         except BaseException:
             # An engine that failed may fail again, and that is not to hide why.
             with suppress(Exception):
-                self._abort_pending()
+                self.text_engine.abort_all()
             raise
-        self._abort_pending()
+        self.text_engine.abort_all()
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows: 0 up to this, not included."""
+        return self.engine.admission.vocab_size
 
     @property
     def weight_version(self) -> int:
@@ -285,8 +322,7 @@ class LLM:
     @property
     def adapters(self) -> dict[str, str]:
         """The adapters that are loaded: the digest of each one's content, by name."""
-        loaded = self.engine.adapters
-        return {name: loaded.digest(name) for name in loaded.names}
+        return self.engine.adapters.digests
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; rows in flight end with it, and requests that wait for it fail."""
@@ -301,9 +337,16 @@ class LLM:
         exchange_weights(self.model, read_new_weights(self.model, path))
         return self.engine.weights_changed()
 
+    def restart(self) -> None:
+        """Makes a new engine, with the same adapters, after one that failed; its rows are gone."""
+        before = self.engine.adapters
+        self.text_engine = self._make_text_engine()
+        self.engine = self.text_engine.engine
+        self.engine.adapters.take_over(before)
+
     def check(self, params: SamplingParams) -> None:
         """Raises ParameterError where no request can be sampled as `params` say."""
-        self.engine.admission.check_params(params, self._bad_words_token_ids(params))
+        self.text_engine.check(params)
 
     def _run_in_order(self, requests: list[PromptRequest], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
@@ -324,73 +367,31 @@ class LLM:
         self._num_calls += 1
         return prompt_requests(prompts, sampling_params, call=self._num_calls, adapter=adapter)
 
-    def _start(self, request: PromptRequest | RequestOutput) -> RequestOutput | None:
-        """Hands a request to the engine; the output of one that cannot be run."""
-        if isinstance(request, RequestOutput):
-            return request
-        if request.request_id in self._pending:
-            raise ValueError(f"request id {request.request_id!r} is in flight already")
-        params = request.params
-        if params.seed is None or params.echo:
-            seed = self.seed if params.seed is None else params.seed
-            asked = params.num_prompt_logprobs
-            params = replace(params, seed=seed, prompt_logprobs=asked, echo=False)
-        output = RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt.text,
-            prompt_token_ids=list(request.prompt.token_ids or ()),
-            adapter=request.adapter,
-        )
-        try:
-            output.prompt, output.prompt_token_ids = encode_prompt(request.prompt, self.tokenizer)
-            self.engine.add(
-                Request(
-                    request_id=request.request_id,
-                    prompt_token_ids=output.prompt_token_ids,
-                    params=params,
-                    key=request.key,
-                    bad_words_token_ids=self._bad_words_token_ids(params),
-                    logprobs_start=request.logprobs_start,
-                    prompt_entropy=request.prompt_entropy,
-                    adapter=request.adapter,
-                )
-            )
-        except RowError as error:
-            output.error = ErrorInfo(type(error).__name__, str(error))
-            return output
-        self._pending[request.request_id] = _Pending(request, output)
-        return None
 
-    def _bad_words_token_ids(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """The bad words in token ids; a job's rows share them, so the last are remembered."""
-        words = params.bad_words
-        if words not in self._bad_words:
-            self._bad_words = {words: encode_bad_words(words, self.tokenizer)}
-        return self._bad_words[words]
+def _engine_maker(
+    model: LoadedModel,
+    drafting: SpeculativeOptions,
+    max_batch_size: int,
+    *,
+    seed: int,
+    batch_invariant: bool,
+    **options: Any,
+) -> Callable[[], TextEngine]:
+    """Makes engines of a model, with the options of `Engine`; tries out what they promise."""
+    texts = Texts(model.tokenizer)
+    make_engine = partial(
+        Engine,
+        model.model,
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.tokenizer.eos_token_ids,
+        decode=texts.decode,
+        **options,
+    )
+    if batch_invariant:
+        check_batch_invariance(make_engine, max_batch_size=max_batch_size)
 
-    def _finish(self, completion: Completion) -> RequestOutput | None:
-        """Adds a sample to its request; the output once it has them all."""
-        pending = self._pending[completion.request_id]
-        params, output = pending.request.params, pending.output
-        completion.text = self._texts.completion(completion, params)
-        if completion.logprobs is not None:
-            completion.logprobs = [self._texts.with_text(step) for step in completion.logprobs]
-        output.outputs.append(completion)
-        if len(output.outputs) < params.n:
-            return None
-        output.outputs.sort(key=lambda sample: sample.index)
-        if (scored := completion.prompt_logprobs) is not None:
-            output.prompt_token_logprobs = scored
-            prompt_token_ids = output.prompt_token_ids
-            output.prompt_logprobs = self._texts.prompt_logprobs(scored, prompt_token_ids)
-        if params.echo:
-            self._texts.echo(output)
-        return self._pending.pop(completion.request_id).output
+    def make_text_engine() -> TextEngine:
+        engine = make_engine(max_batch_size=max_batch_size, speculation=drafting.built(model))
+        return TextEngine(engine, texts, model.tokenizer, seed=seed)
 
-    def _abort_pending(self) -> None:
-        """Takes what an abandoned run left out of the engine."""
-        for request_id in self._pending:
-            self.engine.abort(request_id)
-        self._pending.clear()
-        while self.engine.has_unfinished:
-            self.engine.step()
+    return make_text_engine

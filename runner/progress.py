@@ -2,10 +2,15 @@
 
 import io
 import sys
+from collections.abc import Iterable
+from typing import TypeVar
 
 from tqdm import tqdm
 
-from runner.types import RequestOutput
+from runner.errors import PromptError
+from runner.types import Embedding, RequestOutput, Score
+
+AnyResult = TypeVar("AnyResult", Score, Embedding)
 
 _SECONDS_BETWEEN_LINES = 10.0
 """Where nobody can redraw a bar, it is a line now and then."""
@@ -69,3 +74,20 @@ class Progress:
 
     def __exit__(self, *of: object) -> None:
         self.close()
+
+
+def all_of(
+    found: Iterable[AnyResult], count: int | None, *, enabled: bool = True
+) -> list[AnyResult]:
+    """All results, behind a bar; `count` is how many there will be, None where that is not known.
+
+    Raises PromptError for one that failed.
+    """
+    done: list[AnyResult] = []
+    with Progress(count, enabled=enabled) as progress:
+        for result in found:
+            if result.error is not None:
+                raise PromptError(f"input {result.index}: {result.error.message}")
+            done.append(result)
+            progress.advance(result.num_tokens)
+    return done

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -20,6 +21,7 @@ class PromptBuilder:
     """Makes the prompt of a row from one of its columns, or from a Jinja template over them all.
 
     `chat` sends text as a user message; a prompt column that holds a list is taken as messages.
+    `tools_column` has the tools of a chat, a list of JSON schemas or its text.
     Raises `ParameterError` for options that cannot work together.
     """
 
@@ -33,7 +35,9 @@ class PromptBuilder:
         chat: bool = False,
         system_prompt: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools_column: str | None = None,
     ) -> None:
+        self._tools_column = tools_column
         self._prompt_column = prompt_column
         self._messages_column = messages_column
         self._token_ids_column = token_ids_column
@@ -51,6 +55,13 @@ class PromptBuilder:
 
     def __call__(self, row: Mapping[str, Any]) -> Prompt:
         """Returns the prompt of one row; raises `PromptError` where it has none."""
+        prompt = self._prompt(row)
+        if self._tools_column is None:
+            return prompt
+        tools = _checked_tools(row.get(self._tools_column), self._tools_column)
+        return replace(prompt, chat_template_kwargs={**prompt.chat_template_kwargs, **tools})
+
+    def _prompt(self, row: Mapping[str, Any]) -> Prompt:
         if self._template is not None:
             return self._from_text(_rendered(self._template, row), "prompt_template")
         if self._messages_column is not None:
@@ -68,7 +79,7 @@ class PromptBuilder:
         if self._chat and self._token_ids_column is not None:
             raise ParameterError("chat=True cannot be used with token_ids_column")
         is_chat = self._chat or self._messages_column is not None
-        for option in ("system_prompt", "chat_template_kwargs"):
+        for option in ("system_prompt", "chat_template_kwargs", "tools_column"):
             value = getattr(self, f"_{option}")
             if value and not is_chat:
                 raise ParameterError(f"{option}={value!r} needs chat=True or a messages_column")
@@ -149,6 +160,19 @@ def _checked_messages(value: Any, source: str) -> list[Message]:
     return messages
 
 
+def _checked_tools(value: Any, source: str) -> dict[str, Any]:
+    """The tools of a row as a variable of the chat template; none where the column is null."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise PromptError(f"{source}: the tools are not JSON: {error}") from error
+    if tools is None:
+        return {}
+    if not _is_list(tools) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise PromptError(f"{source}: {tools!r} is not a list of tools")
+    return {"tools": _without_nulls(tools)} if tools else {}
+
+
 def _without_nulls(value: Any) -> Any:
     """Drops null keys: columnar files give every message the keys of all the others."""
     if isinstance(value, Mapping):
@@ -191,12 +215,25 @@ def encode_text(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
 
 def _templated(prompt: Prompt, tokenizer: Any) -> str:
     options = {"add_generation_prompt": True, **prompt.chat_template_kwargs, "tokenize": False}
+    if options.get("tools") and "tools" not in str(tokenizer.chat_template):
+        raise PromptError("the model's chat template takes no tools")
     try:
-        return str(tokenizer.apply_chat_template(prompt.messages, **options))
+        return str(tokenizer.apply_chat_template(_known(prompt.messages, tokenizer), **options))
     # A chat template is a program of the model's: it refuses messages with any kind of error.
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise PromptError(f"the model's chat template: {reason}") from error
+
+
+def _known(messages: Sequence[Message] | None, tokenizer: Any) -> list[Message]:
+    """Messages whose roles a chat template knows: `developer` is `system` to most of them."""
+    given = list(messages or ())
+    if "developer" in str(getattr(tokenizer, "chat_template", "")):
+        return given
+    return [
+        {**message, "role": "system"} if message.get("role") == "developer" else message
+        for message in given
+    ]
 
 
 def encode_bad_words(words: Sequence[str], tokenizer: Any) -> tuple[tuple[int, ...], ...]:

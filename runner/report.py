@@ -17,10 +17,13 @@ from runner.llm import LLM
 _PACKAGES = ("mlx", "mlx-lm", "transformers", "pyarrow")
 
 
-def summary(writer: ResultWriter, llm: LLM, *, total: int | None, seconds: float) -> dict[str, Any]:
+def summary(
+    writer: ResultWriter, llm: LLM, *, total: int | None, num_rows: int, seconds: float
+) -> dict[str, Any]:
     """The content of `summary.json`: all results that are committed, and the speed of this run.
 
-    `total` is the number of input rows; None where only reading them all would tell.
+    `total` is the number of input rows; None where only reading them all would tell. `num_rows` of
+    them were finished in this run, which has taken more from the input by now.
     """
     stats = llm.engine.stats
     return writer.totals.report() | {
@@ -31,9 +34,11 @@ def summary(writer: ResultWriter, llm: LLM, *, total: int | None, seconds: float
             "prompt_tokens": stats.num_prompt_tokens,
             "prefix_cached_tokens": stats.num_cached_tokens,
             "scored_tokens": stats.num_scored_tokens,
+            "embedded_tokens": stats.num_embedded_tokens,
             "completion_tokens": stats.num_completion_tokens,
             "tokens_per_second": stats.num_completion_tokens / seconds,
-            "rows_per_hour": stats.num_requests / seconds * 3600,
+            "embedded_tokens_per_second": stats.num_embedded_tokens / seconds,
+            "rows_per_hour": num_rows / seconds * 3600,
             "batch_occupancy": stats.occupancy,
             "max_batch_size": llm.engine.max_batch_size,
             "max_batch_size_auto": _auto(llm),
@@ -46,7 +51,12 @@ def summary(writer: ResultWriter, llm: LLM, *, total: int | None, seconds: float
         "model": {
             "name": llm.loaded.name,
             "path": llm.loaded.path,
+            "revision": llm.loaded.revision,
+            "digest": llm.loaded.digest,
+            "tokenizer_digest": llm.loaded.tokenizer_digest,
             "dtype": llm.loaded.dtype,
+            "file_dtype": llm.loaded.file_dtype,
+            "quantization": llm.loaded.quantization,
             "max_model_len": llm.loaded.max_model_len,
         },
         "device": llm.loaded.device,
@@ -91,6 +101,10 @@ def _score_lines(numbers: dict[str, Any]) -> dict[str, str]:
                 lines[f"per {unit}"] = f"{_shown(found[f'{unit}_perplexity'])} perplexity"
         if found["bits_per_byte"] is not None:
             lines["per byte"] += f", {_shown(found['bits_per_byte'])} bits"
+    if found := numbers.get("embedding"):
+        cut = "" if found["dimensions"] is None else " first"
+        length = ", of length 1" if found["normalize"] else ""
+        lines["vectors"] = f"{found['size']}{cut} components, {found['pooling']}{length}"
     if found := numbers.get("accuracy"):
         shares = [f"{it['mean']:.3f} {name.replace('_', ' ')}" for name, it in found.items()]
         lines["accuracy"] = ", ".join(shares)
@@ -114,6 +128,14 @@ def _shown(number: float | None) -> str:
     return "not finite" if number is None else f"{number:.4f}"
 
 
+def _types(model: dict[str, Any]) -> str:
+    """The type that is computed in, and what the files have where that is another one."""
+    packed = [f"{it['bits']} bits" for it in model["quantization"]]
+    stored = " and ".join(dict.fromkeys(packed)) or model["file_dtype"]
+    is_same = stored in ("", model["dtype"])
+    return model["dtype"] if is_same else f"{model['dtype']} (files: {stored})"
+
+
 def _drafts_line(drafts: dict[str, Any]) -> str:
     if not drafts["num_drafted"]:
         return "none that looked worth a try"
@@ -128,13 +150,15 @@ def print_report(numbers: dict[str, Any], directory: Path) -> None:
     errors = sum(numbers["errors"].values())
     reasons = ", ".join(f"{count} {name}" for name, count in numbers["finish_reasons"].items())
     is_scored = not reasons
-    useful = run["scored_tokens"] if is_scored else run["completion_tokens"]
+    useful = run["completion_tokens"]
+    if is_scored:
+        useful = run["scored_tokens"] or run["embedded_tokens"]
     lines = {
         "rows": f"{numbers['rows']} rows, {numbers['samples']} samples, {errors} errors",
         "finished": reasons,
         "tokens": f"{useful} in {run['seconds']:.1f} s: "
         f"{useful / run['seconds']:.0f} tokens/s, {run['rows_per_hour']:.0f} rows/hour",
-        "model": f"{numbers['model']['name']}, {numbers['model']['dtype']}, {numbers['device']}",
+        "model": f"{numbers['model']['name']}, {_types(numbers['model'])}, {numbers['device']}",
         "BLAS": numbers["blas"],
         "memory": f"{run['peak_memory_bytes'] / 2**30:.2f} GiB at most",
     }

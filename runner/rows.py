@@ -145,6 +145,7 @@ def prompt_builder(dataset: Dataset) -> PromptBuilder:
         chat=dataset.chat,
         system_prompt=dataset.system_prompt,
         chat_template_kwargs=dataset.chat_template_kwargs,
+        tools_column=dataset.tools_column,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the jobs that only score have in common."""
+"""What the jobs that only score or embed have in common."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
@@ -25,13 +25,13 @@ def check_nothing_sampled(config: DictConfig, params: SamplingParams) -> None:
     for field in fields(params):
         value = getattr(params, field.name)
         if value != getattr(_NOTHING_SAMPLED, field.name):
-            what = "this job scores what is there and samples nothing; leave it out"
+            what = "this job reads what is there and samples nothing; leave it out"
             raise ParameterError(f"sampling.{field.name}={value} is not allowed: {what}")
     if config.lora.watch is not None:
-        what = "what is scored is to be of one content; give lora.path"
+        what = "all results are to be of one content; give lora.path"
         raise ParameterError(f"lora.watch={config.lora.watch} is not allowed: {what}")
     if config.reward is not None:
-        raise ParameterError("reward is not allowed: this job scores texts and rewards nothing")
+        raise ParameterError("reward is not allowed: this job reads texts and rewards nothing")
 
 
 def in_chunks(items: Iterable[Item], size: int = AHEAD) -> Iterator[list[Item]]:

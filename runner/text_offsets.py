@@ -19,14 +19,45 @@ def text_offsets(text: str, token_ids: Sequence[int], token_bytes: TokenBytes) -
     Tokens that share a character all have the place where it begins. A token that the text leaves
     out, a special one or what came after a stop string, has the offset of what follows it.
     """
-    place, pending = 0, codecs.getincrementaldecoder("utf-8")("replace")
-    for token_id in token_ids:
-        token = token_bytes(token_id)
-        if token and pending.getstate()[0] and token[0] & 0xC0 != 0x80:
-            # It begins a character, so the one before it stays unfinished.
-            place += _num_passed(text, place, pending.decode(b"", final=True))
-        yield place
-        place += _num_passed(text, place, pending.decode(token))
+    return TextOffsets(token_bytes).of(text, token_ids)
+
+
+class TextOffsets:
+    """The same for a text that grows, a piece of it and of its tokens at a time."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        self._token_bytes, self._place = token_bytes, 0
+        self._pending = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of(self, text: str, token_ids: Sequence[int]) -> Iterator[int]:
+        """Those of the tokens that are new in the text so far; read them before the next."""
+        for token_id in token_ids:
+            token = self._token_bytes(token_id)
+            if token and token[0] & 0xC0 != 0x80 and not self._ends_a_character(text, token):
+                yield self._place
+                continue
+            yield self._place
+            self._pass_over(text, self._pending.decode(token))
+
+    def _ends_a_character(self, text: str, token: bytes) -> bool:
+        """Passes over a character that is unfinished where a token begins another one.
+
+        False where the text leaves that token out, and what comes behind it may go on with the
+        character.
+        """
+        begun = self._pending.getstate()
+        if not begun[0]:
+            return True
+        broken = self._pending.decode(b"", final=True)
+        said = broken + codecs.getincrementaldecoder("utf-8")("replace").decode(token)
+        if not said.startswith(text[self._place : self._place + len(said)]):
+            self._pending.setstate(begun)
+            return False
+        self._pass_over(text, broken)
+        return True
+
+    def _pass_over(self, text: str, said: str) -> None:
+        self._place += _num_passed(text, self._place, said)
 
 
 def _num_passed(text: str, place: int, said: str) -> int:

@@ -6,8 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from runner.errors import ParameterError
+from runner.logprobs import Logprob as Logprob
+from runner.logprobs import TextTokens as TextTokens
+from runner.logprobs import TokenLogprobs as TokenLogprobs
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+
+Pooling: TypeAlias = Literal["mean", "last"]
+"""Which hidden states make the embedding of a text: the mean over its tokens, or the last token's.
+They are those that the projection onto the vocabulary reads, after the final norm."""
 
 Message: TypeAlias = Mapping[str, Any]
 """One chat message: `role`, `content` and whatever else the model's chat template reads."""
@@ -21,7 +28,7 @@ def _as_logit_bias(given: Any) -> dict[int, float]:
     """Ids as int, also where JSON or YAML made them str; raises ParameterError for another."""
     try:
         biases = {int(token_id): float(bias) for token_id, bias in given.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         what = "a number for each token id"
         raise ParameterError(f"logit_bias={given!r} is not allowed: {what}") from error
     if len(biases) < len(given):
@@ -164,6 +171,12 @@ class PromptRequest:
     """Where `params.prompt_logprobs` asks: the entropies as well."""
     adapter: str | None = None
     """The name of a loaded adapter; None for the model as it is."""
+    pooling: Pooling | None = None
+    """Asks for an embedding of the prompt in place of completions and logprobs."""
+    priority: int = 0
+    """Lower goes first, where requests are taken in the order of their arrival."""
+    encoded: tuple[str | None, list[int]] | None = None
+    """What `encode_prompt` gives of the prompt, where that is known already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +198,10 @@ class Request:
     """Where `params.prompt_logprobs` asks: the entropies as well."""
     adapter: str | None = None
     """The name of a loaded adapter; None for the model as it is."""
+    pooling: Pooling | None = None
+    """Asks for an embedding of the prompt in place of completions and logprobs."""
+    priority: int = 0
+    """Lower goes first, where requests are taken in the order of their arrival."""
 
     def __post_init__(self) -> None:
         length = len(self.prompt_token_ids)
@@ -193,12 +210,12 @@ class Request:
     @property
     def is_scored(self) -> bool:
         """Whether logprobs of prompt tokens are wanted."""
-        return self.params.prompt_logprobs is not None
+        return self.params.prompt_logprobs is not None and self.pooling is None
 
     @property
     def needs_row(self) -> bool:
         """Whether anything is to be sampled."""
-        return self.params.max_tokens != 0
+        return self.params.max_tokens != 0 and self.pooling is None
 
     @property
     def num_scored(self) -> int:
@@ -206,43 +223,17 @@ class Request:
         return len(self.prompt_token_ids) - self.logprobs_start if self.is_scored else 0
 
     @property
+    def num_prefilled(self) -> int:
+        """Prompt tokens that are prefilled: all but the last, which is a row's first to decode and
+        is scored before it is forwarded; of a pooled prompt all."""
+        return len(self.prompt_token_ids) - (self.pooling is None)
+
+    @property
     def num_context(self) -> int:
-        """Prompt tokens that have to be in the cache only: those whose logits nobody reads."""
+        """Prompt tokens that have to be in the cache only: of those nobody reads what comes out."""
+        if self.pooling == "mean":
+            return 0
         return self.logprobs_start - 1 if self.is_scored else len(self.prompt_token_ids) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """Log-probability of one token in the model's own distribution (before temperature)."""
-
-    logprob: float
-    """Natural logarithm, computed in float32."""
-    rank: int | None = None
-    """1 for the most likely token of the vocabulary."""
-    decoded_token: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogprobs:
-    """Log-probabilities of given tokens in the model's own distribution, an entry for each.
-
-    All of them natural logarithms, computed in float32.
-    """
-
-    start: int
-    """The first token's place in its prompt."""
-    logprobs: list[float]
-    ranks: list[int]
-    """1 for the most likely token of the vocabulary."""
-    top_token_ids: list[list[int]]
-    """The most likely tokens in the same place, as many as were asked for, best first."""
-    top_logprobs: list[list[float]]
-    entropies: list[float] | None = None
-    """In nats, of the distribution that the token is from; None where not asked for."""
-
-    def with_nulls(self) -> list[float | None]:
-        """The logprobs, an entry per token of the prompt, null for those before `start`."""
-        return [*[None] * self.start, *self.logprobs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,20 +254,6 @@ class WeightSpan:
     end: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextTokens:
-    """The tokens of a text, an entry for each."""
-
-    token_ids: list[int]
-    logprobs: list[float | None]
-    """In the model's own distribution, float32; None for one that nothing precedes, and for those
-    of a prompt that were not asked for."""
-    text_offsets: list[int]
-    """Where it begins in the text, in characters, never beyond the text's end. Tokens that share a
-    character begin where it does; one that the text leaves out, as it does special ones and what
-    ended the row, where the next one does."""
-
-
 @dataclass(slots=True, kw_only=True)
 class Completion:
     """One finished sample of a request."""
@@ -295,6 +272,8 @@ class Completion:
     """Where `SamplingParams.logprobs` asks: per token, the sampled one and the alternatives."""
     prompt_logprobs: TokenLogprobs | None = None
     """Where `SamplingParams.prompt_logprobs` asks: those of the prompt that the samples share."""
+    embedding: list[float] | None = None
+    """Where `PromptRequest.pooling` asks: the pooled hidden states, float32, not normalised."""
     finish_reason: FinishReason
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended the row; None for end of sequence and length."""
@@ -345,9 +324,11 @@ class RequestOutput:
 
     @property
     def num_useful_tokens(self) -> int:
-        """Tokens that were sampled, or else those of the prompt that were scored."""
+        """Tokens that were sampled, or else those of the prompt that were scored or embedded."""
         sampled = sum(len(sample.token_ids) for sample in self.outputs)
         scored = self.prompt_token_logprobs
+        if any(sample.embedding is not None for sample in self.outputs):
+            return len(self.prompt_token_ids)
         return sampled or (len(scored.logprobs) if scored is not None else 0)
 
 
@@ -389,3 +370,17 @@ class Score:
     def is_greedy(self) -> bool:
         """Whether every token is the most likely one in its place."""
         return all(rank in (None, 1) for rank in self.ranks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedding:
+    """A text as a vector: hidden states of its tokens, pooled."""
+
+    index: int
+    """The text's place in what was given."""
+    num_tokens: int
+    """Tokens of the text, special ones included."""
+    vector: list[float] = field(default_factory=list)
+    """float32; of length 1 (L2) unless asked for otherwise. Empty where there is an error."""
+    error: ErrorInfo | None = None
+    """Set where the text could not be embedded."""

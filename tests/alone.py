@@ -1,11 +1,14 @@
 """A model's rows in a batch against the same rows alone, by mlx-lm's own cache for one row."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
-from tiny import make_engine, naive_distribution, naive_winner, request, run
+from tiny import VOCAB_SIZE, make_engine, naive_distribution, naive_winner, request, run
 
+from runner.engine.hidden_states import Head
 from runner.engine.sampler import race_numbers
 from runner.engine.sequence import stream_key
 from runner.types import Completion, Request, SamplingParams
@@ -60,3 +63,25 @@ def assert_batched_equals_alone(model: nn.Module) -> None:
                     assert_drawn_from(expected[key], r, completion)
         num_prompt_tokens = len(orders) * (sum(LENGTHS) - len(LENGTHS))
         assert engine.stats.num_prefill_tokens > num_prompt_tokens, "no prompt was padded"
+
+
+def assert_embedded_alike(model: nn.Module) -> None:
+    """Embeddings of a batch in small chunks are pooled from the states of each row alone; and put
+    through the head by hand, those of last tokens rank the vocabulary as the model does."""
+    head = Head(model, VOCAB_SIZE)
+    project = getattr(head.module, "as_linear", head.module)
+    for pooling in ("mean", "last"):
+        rows = [replace(r, pooling=pooling) for r in requests() if r.params.n == 1]
+        done = run(make_engine(model, prefill_step_size=12), rows)
+        for r in rows:
+            ids = mx.array([list(r.prompt_token_ids)])
+            with head.watched() as seen:
+                logits = np.array(model(ids, cache=make_prompt_cache(model)).astype(mx.float32))
+            states = np.array(seen[-1].astype(mx.float32))[0]
+            expected = states.mean(0) if pooling == "mean" else states[-1]
+            found = np.array(done[r.request_id, 0].embedding)
+            np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+    # Logits may be scaled and capped on their way, which leaves their order; so far apart, rounding
+    # swaps none.
+    projected = np.array(project(mx.array(states[None])))[0, -1]
+    assert (np.diff(projected[logits[0, -1].argsort()[::8]]) > 0).all()

@@ -52,11 +52,12 @@ def watch(folder: Path, llm: Any) -> AdapterWatch:
     return one
 
 
-def test_the_newest_of_a_directory_serves_first(tmp_path, clock):
-    write(tmp_path / "step-1", age=1)
-    write(tmp_path / "step-2", age=2)
+@pytest.mark.parametrize("names", [("step-1", "step-2"), ("step-9", "step-10"), ("b", "a")])
+def test_the_newest_of_a_directory_serves_first_whatever_its_name(tmp_path, clock, names):
+    for age, name in enumerate(names):
+        write(tmp_path / name, age=1 + age)
     watch(tmp_path, llm := Loads())
-    assert llm.calls == [("policy", "step-2", "keep")]
+    assert llm.calls == [("policy", names[1], "keep")]
 
 
 def test_a_directory_may_be_an_adapter_itself(tmp_path, clock):
@@ -79,14 +80,50 @@ def test_a_new_one_is_taken_in_once_it_has_stood_unchanged(tmp_path, clock):
     assert len(llm.calls) == 2, "what serves already is not loaded again"
 
 
+def look(one: AdapterWatch, llm: Any, *, times: int = 3) -> None:
+    for _ in range(times):
+        one.look(llm, "keep")
+
+
 def test_looks_that_follow_too_soon_are_left_out(tmp_path, monkeypatch):
     write(tmp_path / "step-1", age=1)
     one = watch(tmp_path, llm := Loads())
     monkeypatch.setattr(adapter_watch.time, "monotonic", lambda: 0.1)
     write(tmp_path / "step-2", age=2)
-    for _ in range(5):
-        one.look(llm, "keep")
+    look(one, llm, times=5)
     assert len(llm.calls) == 1
+
+
+def test_one_that_is_older_than_what_serves_is_no_news(tmp_path, clock):
+    write(tmp_path / "step-2", age=2)
+    one = watch(tmp_path, llm := Loads())
+    write(tmp_path / "step-1", age=1)
+    look(one, llm)
+    assert len(llm.calls) == 1
+
+
+def test_weights_written_again_in_their_place_are_news(tmp_path, clock):
+    """Of the same name: a later time is enough, or another size."""
+    write(tmp_path, age=1)
+    one = watch(tmp_path, llm := Loads())
+    write(tmp_path, age=2)
+    look(one, llm)
+    write(tmp_path, age=2, content="longer weights")
+    look(one, llm)
+    assert len(llm.calls) == 3
+
+
+def test_one_that_does_not_fit_does_not_stop_the_next(tmp_path, clock):
+    write(tmp_path / "step-1", age=1)
+    one = watch(tmp_path, llm := Loads())
+    llm.error = AdapterError("a tensor does not fit")
+    write(tmp_path / "step-2", age=2)
+    with pytest.warns(UserWarning, match="lora.watch goes on"):
+        look(one, llm)
+    llm.error = None
+    write(tmp_path / "step-3", age=3)
+    look(one, llm)
+    assert llm.calls[1:] == [("policy", "step-3", "keep")]
 
 
 def test_one_without_weights_is_no_adapter_yet(tmp_path, clock):
@@ -94,8 +131,7 @@ def test_one_without_weights_is_no_adapter_yet(tmp_path, clock):
     one = watch(tmp_path, llm := Loads())
     (tmp_path / "step-2").mkdir()
     (tmp_path / "step-2" / "adapter_config.json").write_text("{}")
-    for _ in range(3):
-        one.look(llm, "keep")
+    look(one, llm)
     assert len(llm.calls) == 1
 
 
@@ -117,8 +153,7 @@ def test_all_that_is_gone_leaves_the_one_that_serves(tmp_path, clock):
     one = watch(tmp_path, llm := Loads())
     for file in (tmp_path / "step-1").iterdir():
         file.unlink()
-    for _ in range(3):
-        one.look(llm, "keep")
+    look(one, llm)
     assert len(llm.calls) == 1
 
 

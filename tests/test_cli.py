@@ -182,7 +182,7 @@ def test_the_checkout_adds_its_conf_only_once(monkeypatch: pytest.MonkeyPatch) -
         ("data.limit=3.5", "data.limit=3.5: Value '3.5' of type 'float' could not be converted"),
         ("sampling=gredy", "sampling=gredy: no such sampling; did you mean greedy? (choose from "
          "default, greedy, grpo, rollout, score)"),
-        ("job=mein", "job=mein: no such job; did you mean mine? (choose from benchmark, ge"),
+        ("job=mein", "job=mein: no such job; did you mean mine? (choose from benchmark, co"),
         ("data=nope", "data=nope: no such data (choose from arithmetic, custom, human_eval, mult"),
         ("model=smolm2", "model=smolm2: no such model; did you mean smollm2?"),
         ("reward=null", "reward=null: no such reward (choose from custom, exact_match, last_numb"),
@@ -211,6 +211,25 @@ def test_a_usage_error_leaves_a_directory_that_holds_something(workplace: Path) 
     (workplace / "kept" / "file").touch()
     refused("mine", "job.fail=usage", "output.dir=kept", cwd=workplace)
     assert (workplace / "kept" / "file").exists()
+
+
+@pytest.mark.parametrize("directory", ["taken", "taken/below", "taken/below/further"])
+@pytest.mark.parametrize("flags", [(), ("-m",)], ids=["alone", "sweep"])
+def test_a_directory_that_cannot_be_made_is_one_line(
+    directory: str, flags: tuple[str, ...], workplace: Path
+) -> None:
+    (workplace / "taken").write_text("mine")
+    said = refused("mine", *flags, f"output.dir={directory}", cwd=workplace)
+    assert said.startswith("output.dir: taken") and " cannot be made: " in said
+    assert (workplace / "taken").read_text() == "mine"
+
+
+def test_a_file_that_the_job_itself_does_not_find_is_a_bug_of_it(workplace: Path) -> None:
+    job = (workplace / "my_job.py").read_text().replace('RuntimeError("a bug")', 'OSError("mine")')
+    (workplace / "my_job.py").write_text(job)
+    done = runner("mine", "job.fail=bug", cwd=workplace)
+    assert done.returncode == 1 and "my_job.py" in done.stderr
+    assert done.stderr.endswith("OSError: mine\n")
 
 
 def test_a_sweep_is_checked_before_its_first_run(workplace: Path) -> None:
@@ -353,6 +372,14 @@ def test_a_bare_word_after_any_other_job_is_refused(workplace: Path) -> None:
         (["job.json=true", "status", "a b"], ["job.json=true", "job=status", "output.dir='a b'"],
          "a b"),
         (["status", "output.dir=x=y"], ["job=status", "output.dir='x=y'"], "x=y"),
+        (["status", "sweep/n=8"], ["job=status", "output.dir='sweep/n=8'"], "sweep/n=8"),
+        (["./n=8", "status"], ["output.dir='./n=8'", "job=status"], "./n=8"),
+        (["status", "/out/n=8/x=y", "job.json=true"],
+         ["job=status", "output.dir='/out/n=8/x=y'", "job.json=true"], "/out/n=8/x=y"),
+        (["status", "out", "hydra/help=x"], ["job=status", "output.dir='out'", "hydra/help=x"],
+         "out"),
+        (["status", "n=8"], ["job=status", "n=8"], ""),
+        (["generate", "mine/group=x"], ["job=generate", "mine/group=x"], None),
         (["status"], ["job=status"], ""),
         (["generate", "output.dir=out"], ["job=generate", "output.dir=out"], None),
     ],

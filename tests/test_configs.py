@@ -20,6 +20,7 @@ CHOICES = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.y
 # What the choices leave to the user.
 GIVEN = {
     "data=custom": ["data.path=rows.jsonl"],
+    "job=embed": ["data.path=rows.jsonl"],
     "job=openai_batch": ["data.path=batch.jsonl"],
     "job=perplexity": ["data.path=rows.jsonl"],
     "job=score": ["data.path=rows.jsonl"],

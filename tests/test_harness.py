@@ -1,7 +1,7 @@
 """EleutherAI's lm-evaluation-harness itself, offline, on the weights that the jobs read.
 
-Run where its packages are: `uv run --with lm-eval --with torch pytest -m harness`. They are in no
-dependency group: resolving PyTorch would pin what the CUDA backends may install.
+Run where its packages are: `uv run --with "lm-eval[hf]" --with torch pytest -m harness`.
+They are in no dependency group: resolving PyTorch would pin what the CUDA backends may install.
 """
 
 import json
@@ -16,7 +16,10 @@ from tiny_files import save_tiny_model
 
 # PyTorch and the harness warn of much that is none of ours.
 pytestmark = [pytest.mark.harness, pytest.mark.filterwarnings("ignore")]
-REASON = "lm-eval and torch are not installed: uv run --with lm-eval --with torch pytest -m harness"
+REASON = (
+    "lm-eval and torch are not installed: "
+    "uv run --with 'lm-eval[hf]' --with torch pytest -m harness"
+)
 
 TEXTS = [
     "A first text, which is longer than most of the windows that are tried here. " * 5,

@@ -8,19 +8,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
-    {"types", "errors", "config", "adapter_weights"},
-    {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt"}
+    {"types", "errors", "config", "adapter_weights", "logprobs"},
+    {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt", "pooling"}
     | {"device_memory", "run_log", "text_offsets", "trackers"},
-    {"batch_size", "earlier_results", "identity", "lora_options", "openai", "prompt_requests"}
-    | {"status", "texts", "training", "watch"},
-    {"speculative"},
+    {"batch_size", "earlier_results", "identity", "lora_options", "prompt_requests"}
+    | {"conversion", "fresh_directory", "memory_fit"}
+    | {"status", "text_stream", "texts", "training", "watch"},
+    {"embeddings", "speculative", "text_engine"},
+    {"openai"},
     {"llm"},
+    {"answerer"},
     {"certificate", "report", "adapter_watch", "result_rows", "rows", "server", "benchmarking"}
     | {"perplexity"},
     {"job", "documents", "choices"},
     {"scoring_run", "sweeps"},
     {"jobs"},
-    {"cli", "arguments", "composition", "config_errors", "help", "multirun", "overrides"},
+    {"cli", "arguments", "composition", "config_errors", "environment", "help", "multirun"}
+    | {"overrides"},
 ]
 FOUNDATION, COMMAND_LINE = LEVELS[0], LEVELS[-1]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

@@ -105,3 +105,34 @@ def test_a_directory_without_an_adapter_is_refused(folder):
     (folder / "empty").mkdir()
     with pytest.raises(AdapterError, match="is not an adapter: it has no adapter_config.json"):
         LoraOptions(path=str(folder / "empty"))
+
+
+def test_how_a_row_chooses_decides_results_too(folder):
+    """Each of them gives other rows, so that a run may not go on with another."""
+    given = both(folder)
+    found = [
+        LoraOptions(),
+        LoraOptions(path=given["a"]),
+        LoraOptions(adapters=given, column="one"),
+        LoraOptions(adapters=given, column="other"),
+        LoraOptions(adapters=given, sweep=True),
+        LoraOptions(watch=str(folder)),
+    ]
+    identities = [options.identity() for options in found]
+    assert all(one not in identities[:place] for place, one in enumerate(identities))
+    assert [options.is_mixed for options in found] == [False, False, True, True, True, False]
+    same = LoraOptions(adapters=given, sweep=True, max_adapters=2)
+    assert same.identity() == identities[4], "how many are held at once changes no result"
+
+
+def test_a_path_of_dots_has_the_name_of_the_directory_itself(folder, monkeypatch):
+    monkeypatch.chdir(folder / "french")
+    assert LoraOptions(path=".").default == "french"
+    assert LoraOptions(path="../german/").default == "german"
+    assert LoraOptions(watch="..").default == folder.name
+
+
+def test_names_and_directories_may_be_written_as_yaml_reads_them(folder):
+    options = LoraOptions.of({"adapters": {1: folder / "french"}, "column": "step"})
+    assert options.paths == {"1": str(folder / "french")}
+    assert options.of_row({"step": 1}) == ["1"]

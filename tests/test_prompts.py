@@ -1,5 +1,6 @@
 """From a row to tokens: every source, every refusal, and the digest that names a prompt."""
 
+import json
 from typing import Any
 
 import pytest
@@ -225,3 +226,32 @@ def test_different_prompts_have_different_digests(one: Prompt, other: Prompt) ->
     digests = prompt_digest(one), prompt_digest(other)
     assert all(len(digest) == 16 and int(digest, 16) >= 0 for digest in digests)
     assert (digests[0] == digests[1]) == (one == other)
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL])])
+def test_the_tools_of_a_row_reach_the_template(tools: Any) -> None:
+    build = PromptBuilder(messages_column="m", tools_column="t", chat_template_kwargs={"a": 1})
+    prompt = build({"m": [USER], "t": tools})
+    assert prompt.chat_template_kwargs == {"a": 1, "tools": [TOOL]}
+    for none in (None, []):
+        assert build({"m": [USER], "t": none}).chat_template_kwargs == {"a": 1}
+    tokenizer = make_tokenizer()
+    with pytest.raises(PromptError, match="the model's chat template takes no tools"):
+        encode_prompt(prompt, tokenizer)
+    tokenizer.chat_template = "{% for tool in tools %}{{ tool.function.name }}{% endfor %} hello"
+    assert encode_prompt(prompt, tokenizer)[0] == "add hello"
+
+
+@pytest.mark.parametrize("tools", ["{", '{"a": 1}', [1], 5, '"text"'])
+def test_what_is_no_list_of_tools_is_an_error_of_the_row(tools: Any) -> None:
+    build = PromptBuilder(messages_column="m", tools_column="t")
+    with pytest.raises(PromptError, match="t: .*(tools are not JSON|is not a list of tools)"):
+        build({"m": [USER], "t": tools})
+
+
+def test_tools_are_of_a_chat() -> None:
+    with pytest.raises(ParameterError, match="tools_column='t' needs chat=True"):
+        PromptBuilder(prompt_column="p", tools_column="t")

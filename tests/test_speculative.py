@@ -157,6 +157,7 @@ def test_earlier_results_are_found_by_row_and_by_prompt(tmp_path):
         {"row_id": "a", "sample_index": i, "prompt_token_ids": [1, 2], "completion_token_ids": [i]}
         for i in range(2)
     ]
+    rows += [rows[1] | {"row_id": "c", "prompt_token_ids": [1, 2, 3], "completion_token_ids": [8]}]
     failed = {"row_id": "b", "sample_index": 0, "prompt_token_ids": [7]}
     write_jsonl(tmp_path / "rows.jsonl", [*rows, failed | {"completion_token_ids": None}])
     earlier = EarlierResults(str(tmp_path / "rows.jsonl"))
@@ -167,6 +168,41 @@ def test_earlier_results_are_found_by_row_and_by_prompt(tmp_path):
         tokens = earlier(asked, index)
         return None if tokens is None else list(tokens)
 
-    assert len(earlier) == 2
+    assert len(earlier) == 3
+    assert found("other", [1, 2, 3], 1) == [8] and found("other", [1, 2, 3], 0) is None
     assert found("a", [9], 1) == [1] and found("other", [1, 2], 0) == [0]
     assert found("a", [9], 2) is None and found("b", [7], 0) is None
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_columns_are_kept_for_what_is_drafted(batch_invariant):
+    """As many in every run where the order of a ring's sums may not change."""
+    none, some = SpeculativeOptions(), SpeculativeOptions.of("ngram")
+    few = SpeculativeOptions.of({"proposers": ["ngram"], "num_draft_tokens": 3})
+    found = [it.num_spare(batch_invariant=batch_invariant) for it in (none, some, few)]
+    assert found == ([32, 32, 32] if batch_invariant else [0, 8, 3])
+
+
+@pytest.mark.parametrize("name", ["ngram_min", "ngram_max", "ngram_scope"])
+@pytest.mark.parametrize("proposer", ["ngram", "previous", "draft_model"])
+def test_an_option_that_no_proposer_reads_is_refused(name, proposer):
+    source = {"previous": {"previous": "x"}, "draft_model": {"draft_model": "x"}}.get(proposer, {})
+    value = {"ngram_min": 2, "ngram_max": 3, "ngram_scope": "group"}[name]
+    given = {"proposers": [proposer], name: value} | source
+    reads = {"ngram": True, "previous": name != "ngram_scope", "draft_model": False}[proposer]
+    if reads:
+        assert getattr(SpeculativeOptions.of(given), name) == value
+        return
+    with pytest.raises(ParameterError, match=f"{name}={value} is not allowed: .*{proposer} to use"):
+        SpeculativeOptions.of(given)
+
+
+@pytest.mark.parametrize(("least", "most", "ok"), [(1, 16, True), (16, 16, True), (1, 17, False),
+                                                   (0, 4, False), (5, 4, False)])  # fmt: skip
+def test_the_bounds_of_what_is_looked_up(least, most, ok):
+    given = {"proposers": ["ngram"], "ngram_min": least, "ngram_max": most}
+    if ok:
+        assert SpeculativeOptions.of(given).ngram_max == most
+        return
+    with pytest.raises(ParameterError, match=f"ngram_min={least} and ngram_max={most} is not allo"):
+        SpeculativeOptions.of(given)

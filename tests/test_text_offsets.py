@@ -43,3 +43,13 @@ def test_any_cut_of_any_text_into_tokens(said, random):
     found = list(text_offsets(said, range(len(parts)), parts.__getitem__))
     assert found == [owners[start] for start in starts]
     assert text_of(range(len(parts)), parts.__getitem__) == said
+
+
+@given(st.lists(st.integers(0, 256), max_size=40))
+def test_any_bytes_with_tokens_between_them_that_the_text_leaves_out(token_ids):
+    """Also where one stands inside a character, or inside what will never be one."""
+    said = bytes(i for i in token_ids if i < 256).decode(errors="replace")
+    token_bytes = [*(bytes([i]) for i in range(256)), b"</s>"]
+    found = list(text_offsets(said, [*token_ids, 256], token_bytes.__getitem__))
+    assert found[-1] == len(said)
+    assert all(a <= b for a, b in pairwise(found))

@@ -15,7 +15,7 @@ from runner.engine.engine import Engine
 from runner.engine.kv_options import KVOptions
 from runner.engine.sampler import race_numbers
 from runner.engine.sequence import stream_key
-from runner.types import Completion, Request, SamplingParams, TokenLogprobs
+from runner.types import Completion, Pooling, Request, SamplingParams, TokenLogprobs
 
 VOCAB_SIZE = 97
 EOS = 2
@@ -62,6 +62,7 @@ def request(
     logprobs_start: int = 1,
     prompt_entropy: bool = False,
     adapter: str | None = None,
+    pooling: Pooling | None = None,
     **params: Any,
 ) -> Request:
     """A request whose key is its id, with seed 0, unless said otherwise."""
@@ -74,6 +75,7 @@ def request(
         logprobs_start=logprobs_start,
         prompt_entropy=prompt_entropy,
         adapter=adapter,
+        pooling=pooling,
     )
 
 

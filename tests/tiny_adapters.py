@@ -104,16 +104,29 @@ def loaded_by_mlx_lm(model: nn.Module, directory: Path) -> nn.Module:
     return loaded
 
 
-def quantized(model: nn.Module) -> nn.Module:
-    """A copy with packed weights, 8 bits."""
+def quantized(model: nn.Module, *, bits: int = 8) -> nn.Module:
+    """A copy with packed weights."""
     packed = copied(model)
-    nn.quantize(packed, group_size=32, bits=8, class_predicate=lambda _, it: _fits(it))
+    nn.quantize(packed, group_size=32, bits=bits, class_predicate=lambda _, it: _fits(it))
     mx.eval(packed.parameters())
     return packed
 
 
 def _fits(module: nn.Module) -> bool:
     return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
+def with_biases(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy whose biases are random."""
+    biased, random = copied(model), np.random.default_rng(seed)
+    biases = {
+        path: mx.array(random.standard_normal(array.shape).astype(np.float32))
+        for path, array in tree_flatten(biased.parameters())
+        if path.endswith(".bias")
+    }
+    assert biases, "the model has layers with a bias"
+    biased.update(tree_unflatten(list(biases.items())))
+    return biased
 
 
 def shifted(tensors: dict[str, mx.array], by: float) -> dict[str, mx.array]:

@@ -38,6 +38,7 @@ def experiences(model: Any, *, temperature: float = 1.0, count: int = 6) -> list
 
 
 def trainer(model: Any, objective: Objective | None = None, **options: Any) -> GRPOTrainer:
-    shape = LoraShape(rank=4, scale=2.0, num_layers=options.pop("num_layers", -1))
+    named = {name: options.pop(name) for name in ("num_layers", "keys") if name in options}
+    shape = LoraShape(rank=4, scale=2.0, **named)
     given = {"learning_rate": 1e-2, "seed": 1} | options
     return GRPOTrainer(model, shape, objective or Objective(temperature=1.0), **given)

@@ -44,6 +44,7 @@ _COLUMN_TYPES: dict[str, tuple[Callable[[pa.DataType], bool], str]] = {
     "prompt_column": (_is_prompt, "text, or a list of {role, content}"),
     "messages_column": (_is_messages, "a list of {role, content}"),
     "token_ids_column": (_is_token_ids, "a list of integers"),
+    "tools_column": (_is_prompt, "a list of JSON schemas, or its text"),
 }
 
 
@@ -76,6 +77,7 @@ class Dataset:
         chat: bool = False,
         system_prompt: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools_column: str | None = None,
         limit: int | None = None,
         offset: int = 0,
         shuffle_seed: int | None = None,
@@ -92,6 +94,7 @@ class Dataset:
         self.chat = chat
         self.system_prompt = system_prompt
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.tools_column = tools_column
         self.limit = limit
         self.offset = offset
         self.shuffle_seed = shuffle_seed

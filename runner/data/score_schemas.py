@@ -1,6 +1,8 @@
-"""What a result row of a job that scores looks like, and which of its columns are added up."""
+"""What a result row of a job that scores or embeds looks like, and which columns are added up."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -57,6 +59,20 @@ SCORE_FIELDS: tuple[pa.Field, ...] = (
     *_ROW,
 )
 """The columns of `runner score`, a row per continuation; the input's own columns follow."""
+
+
+def embedding_fields(made: Mapping[str, Any]) -> list[pa.Field]:
+    """The columns of `runner embed`, a row per text; the input's own columns follow.
+
+    `made` says how the vectors came to be, for whoever reads the file.
+    """
+    metadata = {name: json.dumps(value) for name, value in made.items()}
+    return [
+        pa.field("row_id", pa.string()),
+        pa.field("embedding", pa.list_(pa.float32()), metadata=metadata),
+        _summed("num_tokens", pa.int64()),
+        *_ROW,
+    ]
 
 
 def by_adapter(fields: Sequence[pa.Field]) -> list[pa.Field]:

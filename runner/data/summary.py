@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from runner.data.result_kinds import result_kind
 from runner.data.score_schemas import BY_ADAPTER, SUMMED
 
 NO_ADAPTER = "(none)"
@@ -104,7 +105,7 @@ class Totals:
             errors=Counter(error["type"] for error in errors),
             columns={name: Moments.of(table[name]) for name in summed} | _each(table, summed),
         )
-        if "completion_token_ids" not in table.schema.names:
+        if result_kind(table.schema) != "samples":
             return counted
         lengths = pc.list_value_length(table["completion_token_ids"])
         return replace(

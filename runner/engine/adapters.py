@@ -37,9 +37,11 @@ class Adapters:
         """Of those that are loaded, in the order in which they came."""
         return list(self._by_name)
 
-    def digest(self, name: str) -> str:
-        """Names the content of a loaded adapter."""
-        return self._by_name[name].digest
+    @property
+    def digests(self) -> dict[str, str]:
+        """The names of those that are loaded, and of the content of each."""
+        # A copy: a server looks while its engine's thread loads another.
+        return {name: adapter.digest for name, adapter in self._by_name.copy().items()}
 
     def get(self, name: str | None) -> Adapter | None:
         """What a name stands for now; None for None.
@@ -84,6 +86,11 @@ class Adapters:
     def version_of(self, adapter: Adapter | None) -> int:
         """The weight version since when a row with this adapter would get what it gets now."""
         return max(self.model_version, 0 if adapter is None else adapter.version)
+
+    def take_over(self, before: "Adapters") -> None:
+        """Goes on where those of an engine of the same model were."""
+        self.weight_version, self.model_version = before.weight_version, before.model_version
+        self._by_name = before._by_name
 
     def refit(self, in_use: Iterable[Adapter]) -> list[Adapter]:
         """Notes that the model's own weights have changed; the adapters whose arrays have too."""

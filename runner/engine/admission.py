@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from runner.engine.checks import ParamsCheck, check_prompt
 from runner.engine.memory import MemoryBudget
+from runner.engine.model_runner import ModelRunner
 from runner.engine.scheduler import FreeRows
 from runner.engine.sequence import Sequence as Row
 from runner.engine.sequence import num_columns
+from runner.engine.stop import Decode
 from runner.errors import ParameterError, PromptError
 from runner.types import Request, SamplingParams
 
@@ -16,17 +18,44 @@ from runner.types import Request, SamplingParams
 class Admission:
     """The limits of one engine."""
 
+    runner: ModelRunner
     memory: MemoryBudget
-    vocab_size: int
     eos_token_ids: frozenset[int]
     max_model_len: int | None
     """Tokens of prompt and completion together; None for no limit."""
     has_decode: bool
 
+    @classmethod
+    def of(
+        cls,
+        runner: ModelRunner,
+        memory: MemoryBudget,
+        max_model_len: int | None,
+        eos_token_ids: Collection[int],
+        decode: Decode | None,
+    ) -> "Admission":
+        """Those of an engine with these parts."""
+        # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
+        eos = frozenset(i for i in eos_token_ids if i < runner.vocab_size)
+        return cls(runner, memory, eos, max_model_len, has_decode=decode is not None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that there are."""
+        return self.runner.vocab_size
+
+    @property
+    def embedding_size(self) -> int:
+        """Components of an embedding; raises ModelError where the model gives none."""
+        return self.runner.head.size
+
     def check(self, request: Request) -> None:
-        """Raises PromptError or ParameterError for a request that cannot be run, or not whole."""
+        """Raises PromptError or ParameterError for a request that cannot be run, or not whole; or
+        ModelError for one of an embedding, where the model gives none."""
         length, most = len(request.prompt_token_ids), self.max_model_len
         check_prompt(request, self.vocab_size, most)
+        if request.pooling is not None:
+            _ = self.embedding_size  # Raises where there is none.
         if request.params.max_tokens is not None or most is not None:
             columns = num_columns(request, most)
             if shortage := self.memory.shortage(columns):

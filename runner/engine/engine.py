@@ -15,11 +15,7 @@ from runner.engine.kv_options import KVOptions
 from runner.engine.lora import Adapter
 from runner.engine.memory import MemoryBudget
 from runner.engine.model_runner import ModelRunner, ReadyPrompt
-from runner.engine.recovery import (
-    is_allocation_failure,
-    smaller_batch_size,
-    unfinished,
-)
+from runner.engine.recovery import is_allocation_failure, smaller_batch_size, unfinished
 from runner.engine.scheduler import FreeRows, Order, Scheduler
 from runner.engine.sequence import Sequence, SequenceFactory, num_columns
 from runner.engine.speculation import Launched, Speculation
@@ -85,13 +81,11 @@ class Engine:
             max_adapters=max_adapters,
         )
         self.adapters = Adapters(self._runner.adapters.modules)
-        # A tokenizer may name one that the model cannot give; min_tokens would scatter to it.
-        eos = frozenset(i for i in eos_token_ids if i < self._runner.vocab_size)
         self.memory = self._made_memory(memory_budget)
-        self.admission = Admission(
-            self.memory, self._runner.vocab_size, eos, max_model_len, has_decode=decode is not None
+        self.admission = Admission.of(
+            self._runner, self.memory, max_model_len, eos_token_ids, decode
         )
-        self._new_sequence = SequenceFactory(eos, max_model_len, decode)
+        self._new_sequence = SequenceFactory(self.admission.eos_token_ids, max_model_len, decode)
         self._scheduler = self._made_scheduler(order, prefix_cache_bytes > 0)
         self._flight = Flight.of(self._runner)
         self._started_over: dict[str, list[int]] = {}
@@ -124,6 +118,11 @@ class Engine:
         return len(self._scheduler) > 0 or not self._flight.is_empty
 
     @property
+    def sequences(self) -> list[Sequence]:
+        """Those in flight that have a row, to be looked at."""
+        return self._flight.batch.sequences
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of keys, values and states now: the row slots, and the prompts that are kept."""
         return self._runner.cache_bytes
@@ -135,6 +134,7 @@ class Engine:
             PromptError: the prompt is empty, leaves no room in the context or holds a token id
                 that the vocabulary does not have, or one row of it is more than the memory budget.
             ParameterError: the sampling parameters cannot be followed by this engine.
+            ModelError: it asks for an embedding, and the model gives none.
             UnknownAdapterError: its adapter is not loaded.
         """
         self.adapters.get(request.adapter)
@@ -233,7 +233,7 @@ class Engine:
         self._flight.launched = launched
 
     def _only_scored(self, prompt: ReadyPrompt) -> Completion:
-        """The end of a request that samples nothing and so needs no row."""
+        """The end of a request that samples nothing and so needs no row, scored or embedded."""
         sequence = self._sequence(prompt, 0)
         sequence.finish_reason = "length"
         return sequence.completion()
@@ -327,6 +327,8 @@ class Engine:
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
+        if not self._scheduler.fills_up_first:
+            return False
         coming = not self._flight.ready and self._scheduler.wants_rows(self._is_admitted)
         if self._flight.prefill is not None:
             coming = any(request.needs_row for request in self._flight.prefilling)

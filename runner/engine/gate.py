@@ -112,14 +112,14 @@ class _Times:
         time = self.known.get(self._bucket(num_positions))
         return None if time is None or step - time.step > most_age else time.seconds
 
-    def between(self, other: "_Times", num_positions: int) -> float:
+    def between(self, other: "_Times", num_positions: int, step: int) -> float:
         """What the nearest measured times say; beyond the largest, as if it grew by the root.
 
-        So a size that has not been tried looks somewhat better than it may be, and is tried, the
-        smaller ones first.
+        So a size that has not been tried, or not for long, looks somewhat better than it may be,
+        and is tried, the smaller ones first.
         """
-        found = {it.num_positions: it.seconds for it in other.known.values()}
-        found |= {it.num_positions: it.seconds for it in self.known.values()}
+        known = [*other.known.values(), *self.known.values()]
+        found = {it.num_positions: it.seconds for it in known if step - it.step <= _FORGOTTEN}
         sizes = sorted(found)
         place = bisect_left(sizes, num_positions)
         if place == len(sizes):
@@ -237,7 +237,9 @@ class Gate:
 
     def _seconds(self, num_positions: int) -> float:
         found = self._verify.exact(num_positions, self._step, most_age=_FORGOTTEN)
-        return self._verify.between(self._plain, num_positions) if found is None else found
+        if found is not None:
+            return found
+        return self._verify.between(self._plain, num_positions, self._step)
 
     def record(
         self, num_rows: int, width: int, seconds: float, *, num_tokens: int, looked: bool = True

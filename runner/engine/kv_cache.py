@@ -199,7 +199,9 @@ class PromptKVCache(_Stored):
         """Mask of the next `num_positions` queries, (N, offset + N), "causal" or None."""
         end = self.offset + num_positions
         reach = end if self._kind.window is None else self._kind.window + self._kind.kept
-        if not return_array and end <= min(reach, window_size or end):
+        sees_all = end <= min(reach, window_size or end)
+        # As mlx-lm's caches: deepseek_v32 takes no array for a single query.
+        if sees_all and (num_positions == 1 or not return_array):
             return "causal" if num_positions > 1 else None
         positions = mx.arange(self.offset, end)[:, None]
         return self._kind.mask(mx.arange(end), positions, window_size=window_size)

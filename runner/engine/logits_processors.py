@@ -72,12 +72,18 @@ class _Entry(NamedTuple):
     """The tokens that have to be the last ones for it."""
 
 
+_STRONGEST = 2.0**64
+"""A repetition penalty beyond it forbids a token, or leaves no other, all the same."""
+_MOST_STEPS = 2**30
+"""More than a row has; int32 holds it."""
+
+
 def _entries(row: Row) -> Iterator[_Entry]:
     params = row.request.params
     yield from (_Entry(token_id, bias) for token_id, bias in (params.logit_bias or {}).items())
     for word in row.request.bad_words_token_ids:
         yield _Entry(word[-1], -mx.inf, prefix=tuple(word[:-1]))
-    num_steps = params.min_tokens - row.num_launched
+    num_steps = min(params.min_tokens - row.num_launched, _MOST_STEPS)
     if num_steps > 0:
         yield from (_Entry(token_id, -mx.inf, num_steps) for token_id in row.ending_token_ids)
 
@@ -217,7 +223,9 @@ class _Penalties:
         self._rows = _Rows(rows, num_rows)
         self._sequences = rows
         params = [row.request.params for row in rows]
-        self._repetition = _column([p.repetition_penalty for p in params])
+        self._repetition = _column(
+            [min(max(p.repetition_penalty, 1 / _STRONGEST), _STRONGEST) for p in params]
+        )
         self._presence = _column([p.presence_penalty for p in params])
         self._frequency = _column([p.frequency_penalty for p in params])
         self._repeats = any(p.repetition_penalty != 1.0 for p in params)

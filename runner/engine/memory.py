@@ -63,7 +63,17 @@ class MemoryBudget:
         if self.max_rows(num_columns) > 0:
             return None
         needed, most = self.batch_bytes(1, num_columns), self.num_bytes or 0
-        return f"would take the run to {in_gib(needed)}; memory_budget is {in_gib(most)}"
+        return (
+            f"would take the run to {in_gib(needed)}; memory_budget is {in_gib(most)}, which "
+            f"holds a row of {self.max_columns(1, num_columns)} tokens"
+        )
+
+    def max_columns(self, num_rows: int, most: int) -> int:
+        """Columns, up to `most`, that so many rows can have together; 0 where they do not fit."""
+        if self.num_bytes is None:
+            return most
+        lengths = range(1, most + 1)
+        return bisect_right(lengths, self.num_bytes, key=lambda n: self.batch_bytes(num_rows, n))
 
     def max_rows(self, num_columns: int) -> int:
         """Rows of up to `num_columns` that fit together; a million stands for no limit."""

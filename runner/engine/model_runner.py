@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -11,12 +11,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from runner.engine.cpu_kernels import CPUKernels
+from runner.engine.hidden_states import Head
 from runner.engine.kv_options import KVOptions
 from runner.engine.layer_cache import Past, PromptCache
 from runner.engine.layer_kinds import layer_kinds
 from runner.engine.lora import Adapter
 from runner.engine.lora_binding import AdapterBinding
 from runner.engine.memory import MemoryBudget
+from runner.engine.pooling import PromptEmbeddings
 from runner.engine.prefix_cache import MIN_TOKENS, PrefixCache, num_shared
 from runner.engine.row_caches import RowCaches
 from runner.engine.scoring import PromptScores, max_scored_positions
@@ -33,7 +35,8 @@ class Prefill:
     """Prompts being prefilled together, all but the last token of each.
 
     The last token is the row's first decode input, so that every logit that is sampled from comes
-    out of the same forward, and prefill projects onto the vocabulary only to score the prompt.
+    out of the same forward, and prefill projects onto the vocabulary only to score the prompt. Of a
+    prompt that is pooled, the last token is prefilled too.
     """
 
     requests: list[Request]
@@ -47,6 +50,8 @@ class Prefill:
     """Positions, of all prompts, that are not forwarded here."""
     scores: PromptScores | None = None
     """Where logprobs of the prompts are wanted."""
+    embeddings: PromptEmbeddings | None = None
+    """Where the prompts are pooled, all of them then."""
     adapter: Adapter | None = None
     """That of all the prompts."""
     context: "Prefill | None" = None
@@ -64,8 +69,8 @@ class Prefill:
 
     @property
     def lengths(self) -> list[int]:
-        """Columns of each prompt: all its tokens but the last."""
-        return [len(request.prompt_token_ids) - 1 for request in self.requests]
+        """Columns of each prompt."""
+        return [request.num_prefilled for request in self.requests]
 
     @property
     def num_to_next_end(self) -> int:
@@ -96,6 +101,7 @@ class ReadyPrompt:
     row: int
     """Where the prompt stands in its prefill."""
     scores: PromptScores | None = None
+    embeddings: PromptEmbeddings | None = None
     adapter: Adapter | None = None
     versions: list[int] = field(default_factory=list)
     """The weight version that has read the prompt; and that of samples that start now, if it is
@@ -119,6 +125,7 @@ class ReadyPrompt:
             self.request,
             index,
             prompt_logprobs=self.reader,
+            embedding=None if self.embeddings is None else partial(self.embeddings.read, self.row),
             adapter=self.adapter,
             versions=self.versions or [0],
         )
@@ -132,7 +139,7 @@ class ReadyPrompt:
 
 
 def _context(request: Request, num_columns: int) -> Request:
-    """The first columns of a prompt as one of its own, of which nothing is scored.
+    """The first columns of a prompt as one of its own, of which nothing is scored or pooled.
 
     One token more is there: the last one of a prompt is not prefilled.
     """
@@ -141,6 +148,7 @@ def _context(request: Request, num_columns: int) -> Request:
         prompt_token_ids=request.prompt_token_ids[: num_columns + 1],
         params=replace(request.params, prompt_logprobs=None, max_tokens=1, min_tokens=0),
         logprobs_start=1,
+        pooling=None,
     )
 
 
@@ -190,13 +198,16 @@ class ModelRunner:
         return prefill
 
     def _laid_out(self, requests: list[Request], adapter: Adapter | None) -> Prefill:
-        lengths = [len(request.prompt_token_ids) - 1 for request in requests]
+        lengths = [request.num_prefilled for request in requests]
         padded = np.zeros((len(requests), max(lengths)), np.int32)
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             padded[row, :length] = request.prompt_token_ids[:length]
         caches = [kind.prompt_cache(*padded.shape) for kind in self.kinds]
         scores = PromptScores(requests) if any(r.is_scored for r in requests) else None
-        return Prefill(requests, caches, mx.array(padded), scores=scores, adapter=adapter)
+        pooled = PromptEmbeddings(requests) if requests[0].pooling is not None else None
+        return Prefill(
+            requests, caches, mx.array(padded), scores=scores, embeddings=pooled, adapter=adapter
+        )
 
     def prefill_chunk(self, prefill: Prefill) -> int:
         """Forwards the next columns of all prompts; returns the positions forwarded.
@@ -211,11 +222,16 @@ class ModelRunner:
         start = prefill.num_done
         token_ids = prefill.token_ids[:, start : start + size]
         adapters = [prefill.adapter] * len(prefill.requests)
-        logits = self._forward(token_ids, prefill.caches, adapters)
+        if prefill.embeddings is not None:
+            states = self._hidden_states(token_ids, prefill.caches, adapters)
+            read: Sequence[mx.array] = prefill.embeddings.push(states, start)
+        else:
+            logits = self._forward(token_ids, prefill.caches, adapters)
+            scores, read = prefill.scores, ()
+            if scores is not None and start >= scores.first_column:
+                read = scores.push(logits, start)
         prefill.advance(size)
-        arrays = [cache.arrays for cache in prefill.caches]
-        if prefill.scores is not None and start >= prefill.scores.first_column:
-            arrays.append(prefill.scores.push(logits, start))
+        arrays = [*(cache.arrays for cache in prefill.caches), read]
         mx.async_eval(arrays)  # type: ignore[no-untyped-call]
         return int(token_ids.size)
 
@@ -246,7 +262,9 @@ class ModelRunner:
             if request.needs_row:
                 self._keep(prefill, row)
         return [
-            ReadyPrompt(request, prefill.caches, row, prefill.scores, prefill.adapter)
+            ReadyPrompt(
+                request, prefill.caches, row, prefill.scores, prefill.embeddings, prefill.adapter
+            )
             for row, request in enumerate(prefill.requests)
         ]
 
@@ -337,3 +355,16 @@ class ModelRunner:
         with self._kernels.bound(), self.adapters.bound(adapters):
             logits: mx.array = self._model(token_ids, cache=caches)
         return logits
+
+    @cached_property
+    def head(self) -> Head:
+        """The projection onto the vocabulary; raises ModelError where it cannot be found."""
+        return Head(self._model, self.vocab_size)
+
+    def _hidden_states(
+        self, token_ids: mx.array, caches: Sequence[Any], adapters: Sequence[Adapter | None]
+    ) -> mx.array:
+        """Like `_forward`, but what the projection reads, (B, N, D)."""
+        with self.head.watched() as states:
+            self._forward(token_ids, caches, adapters)
+        return states[-1]

@@ -113,8 +113,8 @@ class Sampler:
             _Truncation(
                 rows=self._xp.array(rows),
                 width=width,
-                top_k=self._xp.array([params[r].top_k or width for r in rows]),
-                top_p=self._floats(params[r].top_p for r in rows),
+                top_k=self._xp.array([_num_kept(params[r], width) for r in rows]),
+                top_p=self._floats(max(params[r].top_p, _COLDEST) for r in rows),
                 log_min_p=self._floats(_log(params[r].min_p) for r in rows),
             )
             for width, rows in sorted(by_width.items())
@@ -181,6 +181,10 @@ class Sampler:
 
 def _log(value: float) -> float:
     return log(value) if value > 0 else -inf
+
+
+def _num_kept(params: SamplingParams, width: int) -> int:
+    return params.top_k if 0 < params.top_k < width else width
 
 
 def _width(params: SamplingParams, vocab_size: int) -> int | None:

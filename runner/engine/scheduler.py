@@ -53,7 +53,8 @@ class Scheduler:
     prefix, and of these, as of all others, the longest first, so that stragglers start early and
     rows of like length stand together. The choice is among `4 * max_batch_size` requests, so that
     memory stays constant however many come; one that has seen `16 * max_batch_size` others
-    admitted goes next. `fcfs` takes them as they came. What a row gets does not depend on it.
+    admitted goes next. `fcfs` takes them as they came, those of a lower `priority` before all
+    others. What a row gets does not depend on it.
     """
 
     def __init__(
@@ -98,6 +99,11 @@ class Scheduler:
         return len(self._waiting) < _WINDOW * self.max_batch_size
 
     @property
+    def fills_up_first(self) -> bool:
+        """Whether rows may wait until a batch that is mostly empty is full; clients do not."""
+        return self._order == "offline"
+
+    @property
     def next_num_columns(self) -> int:
         """Columns of the request that is next; 0 where none waits."""
         return self._lead(self._waiting.values()).num_columns if self._waiting else 0
@@ -109,12 +115,22 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Appends a request to those that wait."""
+        last = next(reversed(self._waiting.values()), None)
         self._waiting[request.request_id] = self._entry(request)
+        if last is not None and request.priority < last.request.priority:
+            self._sort()
 
     def put_back(self, requests: Iterable[Request]) -> None:
         """Lets requests wait again, before all that have not been admitted yet."""
         entries = {request.request_id: self._entry(request) for request in requests}
         self._waiting = entries | self._waiting
+        self._sort()
+
+    def _sort(self) -> None:
+        """Puts lower priorities first; of each, those that came first."""
+        if self._order == "fcfs":
+            entries = sorted(self._waiting.items(), key=lambda item: item[1].request.priority)
+            self._waiting = dict(entries)
 
     def _entry(self, request: Request) -> _Waiting:
         columns = num_columns(request, self._max_model_len)
@@ -185,7 +201,12 @@ class Scheduler:
         The lead goes alone where what the others share with it is worth waiting for: it is then in
         the prefix cache for them.
         """
-        others = self._of_one_adapter(lead)
+        pooling = lead.request.pooling
+        others = [it for it in self._of_one_adapter(lead) if it.request.pooling == pooling]
+        if pooling is not None:
+            if self._order == "offline":
+                others.sort(key=lambda it: -it.num_columns)
+            return self._fitting(lead, others, free_rows, shared=0)
         if lead.request.is_scored:
             return self._fitting(lead, _scored_with(lead, others), free_rows, shared=0)
         others = [entry for entry in others if not entry.request.is_scored]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from math import isnan
+from math import isfinite, isnan
 
 from runner.engine.lora import Adapter
 from runner.engine.stop import Decode, StopStringMatcher
@@ -57,6 +57,8 @@ class Sequence:
     stop_matcher: StopStringMatcher | None = None
     prompt_logprobs: Callable[[], TokenLogprobs] | None = None
     """Reads the prompt's logprobs off the device, where they are wanted and there."""
+    embedding: Callable[[], list[float]] | None = None
+    """Reads the prompt's embedding off the device, where it is wanted and there."""
     adapter: Adapter | None = None
     versions: list[tuple[int, int]] = field(default_factory=lambda: [(0, 0)])
     """Weight versions, each with the first token that it gave."""
@@ -152,6 +154,9 @@ class Sequence:
         prompt_logprobs = self.prompt_logprobs() if self.prompt_logprobs is not None else None
         if prompt_logprobs is not None and any(map(isnan, prompt_logprobs.logprobs)):
             self.finish_reason = "error"
+        embedding = self.embedding() if self.embedding is not None else None
+        if embedding is not None and not all(map(isfinite, embedding)):
+            self.fail(ErrorInfo("ModelOutputError", "the embedding holds what is not a number"))
         return Completion(
             request_id=self.request.request_id,
             index=self.index,
@@ -160,6 +165,7 @@ class Sequence:
             processed_logprobs=self.processed_logprobs,
             logprobs=self.logprobs if self.request.params.logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,
+            embedding=embedding,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             error=self.error,
@@ -185,6 +191,7 @@ class SequenceFactory:
         index: int,
         *,
         prompt_logprobs: Callable[[], TokenLogprobs] | None = None,
+        embedding: Callable[[], list[float]] | None = None,
         adapter: Adapter | None = None,
         versions: Iterable[int] = (0,),
     ) -> Sequence:
@@ -200,6 +207,7 @@ class SequenceFactory:
             eos_token_ids=self.eos_token_ids,
             stop_matcher=self._matcher(params),
             prompt_logprobs=prompt_logprobs,
+            embedding=embedding,
             adapter=adapter,
             versions=[(version, 0) for version in versions],
         )

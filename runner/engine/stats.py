@@ -27,6 +27,8 @@ class EngineStats:
     forwarded."""
     num_scored_tokens: int = 0
     """Prompt tokens whose logprob was given."""
+    num_embedded_tokens: int = 0
+    """Tokens of the prompts that an embedding was asked of."""
     num_completion_tokens: int = 0
     """Tokens sampled that belong to a completion: no pads, nothing past an end."""
     num_steps: int = 0
@@ -45,6 +47,7 @@ class EngineStats:
         """Counts requests whose prompts are prefilled."""
         self.num_prompt_tokens += num_prompt_tokens(requests)
         self.num_scored_tokens += sum(request.num_scored for request in requests)
+        self.num_embedded_tokens += num_prompt_tokens(r for r in requests if r.pooling is not None)
 
     def start_over(self, rows: Sequence[Row], requests: Sequence[Request]) -> None:
         """Takes back what has to be done again: rows in flight, and prompts that were prefilled."""

@@ -15,6 +15,7 @@ import xxhash
 from runner.adapter_weights import AdapterWeights, LowRankWeights
 from runner.errors import AdapterError, ParameterError
 from runner.models.hub import one_line
+from runner.models.safetensors import read_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 MLX_FILE = "adapters.safetensors"
@@ -76,12 +77,7 @@ def read_adapter(path: str | Path) -> AdapterWeights:
     options = _options(directory / CONFIG_FILE)
     make = _mlx_config if file.name == MLX_FILE else _peft_config
     config = make(options, str(directory))
-    try:
-        tensors = mx.load(str(file))
-        mx.eval(tensors)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise AdapterError(f"{str(file)!r} cannot be read: {one_line(error)}") from error
-    assert isinstance(tensors, dict), "safetensors hold arrays by name"
+    tensors, _ = read_safetensors(file, AdapterError)
     return _weights(tensors, config, source=str(directory))
 
 

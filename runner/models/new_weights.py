@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from runner.errors import ModelError
 from runner.models.hub import one_line
+from runner.models.safetensors import read_safetensors
 
 
 def read_new_weights(model: nn.Module, path: str | Path) -> dict[str, mx.array]:
@@ -23,13 +24,7 @@ def read_new_weights(model: nn.Module, path: str | Path) -> dict[str, mx.array]:
         raise ModelError(f"{str(directory)!r} has no safetensors to update the weights from")
     given: dict[str, Any] = {}
     for file in files:
-        try:
-            tensors = mx.load(str(file))
-            mx.eval(tensors)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ModelError(f"{str(file)!r} cannot be read: {one_line(error)}") from error
-        assert isinstance(tensors, dict), "safetensors hold arrays by name"
-        given |= tensors
+        given |= read_safetensors(file, ModelError)[0]
     sanitize = getattr(model, "sanitize", None)
     try:
         named = sanitize(given) if sanitize is not None else given

@@ -1,2 +1,2 @@
-"""OpenAI's completions and chat completions as data: request and response bodies, no files, no
-HTTP."""
+"""OpenAI's completions, chat completions and embeddings as data: request and response bodies, no
+files, no HTTP."""

@@ -1,5 +1,6 @@
 """What a client is told that sent a request which cannot be answered."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from runner.errors import RowError
@@ -9,14 +10,22 @@ class ApiError(RowError):
     """One request cannot be answered; `body` is what OpenAI's servers say in such a case."""
 
     def __init__(
-        self, message: str, *, code: str, param: str | None = None, status: int = 400
+        self,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        status: int = 400,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        """`param` is the field of the body that is at fault, `status` an HTTP status code."""
+        """`param` is the field of the body that is at fault, `status` an HTTP status code, and
+        `headers` go with it."""
         super().__init__(message)
         self.message = message
         self.code = code
         self.param = param
         self.status = status
+        self.headers = dict(headers or {})
 
     @property
     def body(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner.openai.errors import ApiError
@@ -20,6 +20,8 @@ class Kind:
 
     what: str
     allows: Callable[[Any], bool]
+    schema: Mapping[str, Any] = field(default_factory=dict)
+    """The same in the words of JSON Schema; empty for anything."""
 
 
 def is_int(value: Any) -> bool:
@@ -49,15 +51,40 @@ def _is_bias(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_number(bias) for bias in value.values())
 
 
-_TEXT = Kind("a string", is_text)
-_INT = Kind("an integer", is_int)
-_NUMBER = Kind("a number", _is_number)
-_BOOL = Kind("true or false", lambda value: isinstance(value, bool))
-_OBJECT = Kind("an object", _is_object)
-_OBJECTS = Kind("a list of objects", is_list_of(_is_object))
-_INTS = Kind("a list of integers", is_list_of(is_int))
-_TEXTS = Kind("a string or a list of strings", lambda it: is_text(it) or is_list_of(is_text)(it))
-_ANY = Kind("anything", lambda value: True)
+def _listed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": schema}
+
+
+_STRING, _WHOLE, _FLOAT = {"type": "string"}, {"type": "integer"}, {"type": "number"}
+_TEXT = Kind("a string", is_text, _STRING)
+_INT = Kind("an integer", is_int, _WHOLE)
+_NUMBER = Kind("a number", _is_number, _FLOAT)
+_BOOL = Kind("true or false", lambda value: isinstance(value, bool), {"type": "boolean"})
+_OBJECT = Kind("an object", _is_object, {"type": "object"})
+_OBJECTS = Kind("a list of objects", is_list_of(_is_object), _listed({"type": "object"}))
+_INTS = Kind("a list of integers", is_list_of(is_int), _listed(_WHOLE))
+_TEXTS = Kind(
+    "a string or a list of strings",
+    lambda it: is_text(it) or is_list_of(is_text)(it),
+    {"anyOf": [_STRING, _listed(_STRING)]},
+)
+_BIAS = Kind(
+    "an object of numbers by token id",
+    _is_bias,
+    {"type": "object", "additionalProperties": _FLOAT},
+)
+_PROMPT = Kind(
+    "anything",
+    lambda value: True,
+    {"anyOf": [_STRING, *map(_listed, (_STRING, _WHOLE, _listed(_WHOLE)))]},
+)
+_MESSAGES = Kind(
+    "anything",
+    lambda value: True,
+    _listed(
+        {"type": "object", "required": ["role"], "properties": {"role": _STRING, "content": {}}}
+    ),
+)
 
 SAMPLING: Mapping[str, Kind] = {
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), _NUMBER),
@@ -66,7 +93,7 @@ SAMPLING: Mapping[str, Kind] = {
     **dict.fromkeys(("stop", "bad_words"), _TEXTS),
     **dict.fromkeys(("stop_token_ids", "allowed_token_ids"), _INTS),
     **dict.fromkeys(("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"), _BOOL),
-    "logit_bias": Kind("an object of numbers by token id", _is_bias),
+    "logit_bias": _BIAS,
 }
 """Fields that `SamplingParams` has under the same name."""
 
@@ -75,8 +102,12 @@ _SHARED: Mapping[str, Kind] = {
     **dict.fromkeys(("model", "user", "safety_identifier", "prompt_cache_key"), _TEXT),
     **dict.fromkeys(("request_id", "cache_salt"), _TEXT),
     **dict.fromkeys(("return_token_ids", "return_tokens_as_token_ids"), _BOOL),
+    "prompt_logprobs": _INT,
     "metadata": _OBJECT,
 }
+
+ONLINE: Mapping[str, Kind] = {"stream": _BOOL, "stream_options": _OBJECT, "priority": _INT}
+"""Fields that mean something to a server alone."""
 
 _TEXT_ONLY = {"type": "text"}
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -91,7 +122,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
     "structured_outputs": (),
-    "prompt_logprobs": (),
     "logprob_token_ids": (),
     "truncate_prompt_tokens": (),
     "truncation_side": (),
@@ -107,20 +137,27 @@ class Endpoint:
     """What one URL takes."""
 
     prompt_field: str
+    """The one field that a body has to have; empty for none."""
     fields: Mapping[str, Kind]
     neutral: Mapping[str, tuple[Any, ...]]
+
+    @property
+    def online(self) -> "Endpoint":
+        """The same where a client waits for the answer."""
+        neutral = {name: allowed for name, allowed in self.neutral.items() if name not in ONLINE}
+        return replace(self, fields={**self.fields, **ONLINE}, neutral=neutral)
 
 
 COMPLETIONS = Endpoint(
     prompt_field="prompt",
-    fields={**_SHARED, "prompt": _ANY, "logprobs": _INT, "best_of": _INT, "echo": _BOOL},
+    fields={**_SHARED, "prompt": _PROMPT, "logprobs": _INT, "best_of": _INT, "echo": _BOOL},
     neutral={**_NEUTRAL, "suffix": ("",), "add_special_tokens": (True,)},
 )
 CHAT = Endpoint(
     prompt_field="messages",
     fields={
         **_SHARED,
-        "messages": _ANY,
+        "messages": _MESSAGES,
         "logprobs": _BOOL,
         "top_logprobs": _INT,
         "max_completion_tokens": _INT,
@@ -149,6 +186,36 @@ CHAT = Endpoint(
     },
 )
 
+_ENCODINGS = ("float", "base64")
+EMBEDDINGS = Endpoint(
+    prompt_field="input",
+    fields={
+        **dict.fromkeys(("model", "user"), _TEXT),
+        "input": _PROMPT,
+        "encoding_format": Kind(
+            "'float' or 'base64'",
+            _ENCODINGS.__contains__,
+            {"type": "string", "enum": [*_ENCODINGS, None]},
+        ),
+        "dimensions": _INT,
+    },
+    neutral={"truncate_prompt_tokens": (), "add_special_tokens": (True,), "priority": (0,)},
+)
+
+
+TOKENIZE = Endpoint(
+    prompt_field="",
+    fields={
+        **dict.fromkeys(("model", "prompt"), _TEXT),
+        **dict.fromkeys(("add_special_tokens", "return_token_strs"), _BOOL),
+        **dict.fromkeys(("add_generation_prompt", "continue_final_message"), _BOOL),
+        "messages": _MESSAGES,
+        "chat_template_kwargs": _OBJECT,
+    },
+    neutral={"tools": ([],)},
+)
+DETOKENIZE = Endpoint(prompt_field="tokens", fields={"model": _TEXT, "tokens": _INTS}, neutral={})
+
 
 def checked_fields(body: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:
     """The fields of a body that can be followed and are not null; raises `ApiError`."""
@@ -169,7 +236,7 @@ def checked_fields(body: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any
         if isinstance(value, float) and not math.isfinite(value):
             raise ApiError(f"'{name}' is not finite.", code="invalid_value", param=name)
         checked[name] = value
-    if endpoint.prompt_field not in checked:
+    if endpoint.prompt_field and endpoint.prompt_field not in checked:
         name = endpoint.prompt_field
         what = f"Missing required parameter: '{name}'."
         raise ApiError(what, code="missing_required_parameter", param=name)

@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from runner.text_offsets import TokenBytes, text_offsets
-from runner.types import Completion, Logprob, TextTokens
+from runner.text_offsets import TokenBytes
+from runner.types import Logprob, TextTokens
 
 LEAST_LOGPROB = -9999.0
 """What OpenAI writes for a token that cannot be; JSON has no infinity."""
@@ -48,32 +48,43 @@ class Spelling:
 
 
 def completion_logprobs(
-    sample: Completion,
-    spelling: Spelling,
-    *,
-    prompt_logprobs: Sequence[dict[int, Logprob] | None] = (),
-) -> dict[str, Any] | None:
-    """The `logprobs` of a completion's choice; None where they were not asked for.
+    tokens: TextTokens, steps: Sequence[dict[int, Logprob] | None], spelling: Spelling
+) -> dict[str, Any]:
+    """The `logprobs` of a completion's choice, or of a piece of one.
 
-    `text_offset` counts characters of the choice's text. An entry of `top_logprobs` has the sampled
-    token too, so it may hold one more than was asked for; of two tokens that are written alike it
-    keeps the likelier one. With echo the prompt's own, which `prompt_logprobs` are, come first, and
-    the first of them, which nothing precedes, is null.
+    `steps` has the alternatives of each token. `text_offset` counts characters of the choice's
+    text. An entry of `top_logprobs` has the token itself too, so it may hold one more than was
+    asked for; of two tokens that are written alike it keeps the likelier one. A token that nothing
+    precedes has null.
     """
-    if sample.logprobs is None:
-        return None
-    shown = sample.echoed or TextTokens(
-        token_ids=sample.token_ids,
-        logprobs=list(sample.raw_logprobs),
-        text_offsets=[*text_offsets(sample.text, sample.token_ids, spelling.bytes_of)],
-    )
-    steps = [*prompt_logprobs, *sample.logprobs]
     return {
-        "text_offset": shown.text_offsets,
-        "token_logprobs": [None if it is None else finite(it) for it in shown.logprobs],
-        "tokens": [spelling.in_completion(token_id) for token_id in shown.token_ids],
+        "text_offset": tokens.text_offsets,
+        "token_logprobs": [None if it is None else finite(it) for it in tokens.logprobs],
+        "tokens": [spelling.in_completion(token_id) for token_id in tokens.token_ids],
         "top_logprobs": [_by_token(step, spelling) if step else None for step in steps],
     }
+
+
+def prompt_logprobs(
+    steps: Sequence[dict[int, Logprob] | None],
+) -> list[dict[str, Any] | None]:
+    """The `prompt_logprobs` of vLLM: per token of the prompt itself, first, and the alternatives.
+
+    The first, which nothing precedes, is null.
+    """
+    return [
+        None
+        if step is None
+        else {
+            str(token_id): {
+                "logprob": finite(it.logprob),
+                "rank": it.rank,
+                "decoded_token": it.decoded_token,
+            }
+            for token_id, it in step.items()
+        }
+        for step in steps
+    ]
 
 
 def _by_token(step: dict[int, Logprob], spelling: Spelling) -> dict[str, float]:
@@ -84,17 +95,20 @@ def _by_token(step: dict[int, Logprob], spelling: Spelling) -> dict[str, float]:
 
 
 def chat_logprobs(
-    sample: Completion, spelling: Spelling, *, num_top: int | None
-) -> dict[str, Any] | None:
-    """The `logprobs` of a chat completion's choice; None where they were not asked for.
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    steps: Sequence[dict[int, Logprob]],
+    spelling: Spelling,
+    *,
+    num_top: int,
+) -> dict[str, Any]:
+    """The `logprobs` of a chat completion's choice, or of a piece of one.
 
-    num_top: alternatives for each token, the likeliest first.
+    `logprobs` and `steps` have an entry for each token; of the alternatives in a step the likeliest
+    `num_top` are shown.
     """
-    if sample.logprobs is None or num_top is None:
-        return None
     content = []
-    steps = zip(sample.token_ids, sample.raw_logprobs, sample.logprobs, strict=True)
-    for token_id, logprob, step in steps:
+    for token_id, logprob, step in zip(token_ids, logprobs, steps, strict=True):
         top = [_chat_token(i, it.logprob, spelling) for i, it in _likeliest_first(step)[:num_top]]
         content.append(_chat_token(token_id, logprob, spelling) | {"top_logprobs": top})
     return {"content": content, "refusal": None}

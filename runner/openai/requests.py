@@ -26,11 +26,15 @@ ENDPOINTS: Mapping[str, Endpoint] = {
     "/v1/completions": COMPLETIONS,
     "/v1/chat/completions": CHAT,
 }
-KNOWN_URLS = (*ENDPOINTS, "/v1/embeddings")
-"""What OpenAI has under these names; the last one is not answered yet."""
+EMBEDDINGS_URL = "/v1/embeddings"
+KNOWN_URLS = (*ENDPOINTS, EMBEDDINGS_URL)
+"""What a line of a batch file may ask; `openai.embeddings` understands the last."""
 
 MOST_SAMPLES = 16384
 """Completions that one request may ask for; vLLM's limit."""
+
+MOST_WATCHED = 4096
+"""Characters of stop strings, or of bad words, that a client who waits may ask for."""
 
 _COMPLETION_MAX_TOKENS = 16
 
@@ -48,11 +52,16 @@ class ApiRequest:
     """Whether the body names a seed; otherwise `params` has the seed of the defaults."""
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    stream: bool = False
+    """Whether the answer comes in pieces, as it grows."""
+    include_usage: bool = False
+    """Whether the last piece counts the tokens."""
+    priority: int = 0
 
     @property
     def is_chat(self) -> bool:
         """Whether it is a chat completion."""
-        return self.endpoint is CHAT
+        return self.endpoint.prompt_field == CHAT.prompt_field
 
     def prompt_requests(
         self, request_id: str, *, key: str, adapter: str | None = None
@@ -75,24 +84,28 @@ class ApiRequest:
                     params=self.params,
                     key=own_key,
                     adapter=adapter,
+                    priority=self.priority,
                 )
             )
         return requests
 
 
-def parse_request(url: str, body: Mapping[str, Any], defaults: SamplingParams) -> ApiRequest:
-    """Understands the body of a request to `url`; raises `ApiError`.
+def parse_request(
+    url: str, body: Mapping[str, Any], defaults: SamplingParams, *, is_online: bool = False
+) -> ApiRequest:
+    """Understands the body of a request to `url`, one of `ENDPOINTS`; raises `ApiError`.
 
     `defaults` are the values of the fields that the body leaves out. A `max_tokens` of None there
     is OpenAI's default: 16 for a completion, what the context holds for a chat completion.
+    `is_online` takes the fields for a client that waits, too.
     """
-    if url not in ENDPOINTS:
-        raise ApiError(f"{url} is not supported yet.", code="unsupported_endpoint")
-    endpoint = ENDPOINTS[url]
+    endpoint = ENDPOINTS[url].online if is_online else ENDPOINTS[url]
     fields = checked_fields(body, endpoint)
-    is_chat = endpoint is CHAT
-    prompts = (chat_prompt(fields),) if is_chat else _completion_prompts(fields["prompt"])
+    is_chat = ENDPOINTS[url] is CHAT
+    prompts = (chat_prompt(fields),) if is_chat else as_prompts("prompt", fields["prompt"])
     params = _chat_params(fields, defaults) if is_chat else _completion_params(fields, defaults)
+    if is_online:
+        _check_watched(params)
     if params.n * len(prompts) > MOST_SAMPLES:
         what = f"'n' is too large: {MOST_SAMPLES} completions of a request are allowed."
         raise ApiError(what, code="invalid_value", param="n")
@@ -104,7 +117,31 @@ def parse_request(url: str, body: Mapping[str, Any], defaults: SamplingParams) -
         has_seed="seed" in fields,
         return_token_ids=fields.get("return_token_ids", False),
         return_tokens_as_token_ids=fields.get("return_tokens_as_token_ids", False),
+        stream=fields.get("stream", False),
+        include_usage=_include_usage(fields),
+        priority=fields.get("priority", 0),
     )
+
+
+def _check_watched(params: SamplingParams) -> None:
+    """What is looked for after each token of one client holds up the tokens of all others."""
+    for name in ("stop", "bad_words"):
+        if sum(map(len, getattr(params, name))) > MOST_WATCHED:
+            what = f"'{name}' is too long: {MOST_WATCHED} characters in all are allowed."
+            raise ApiError(what, code="invalid_value", param=name)
+
+
+def _include_usage(fields: Mapping[str, Any]) -> bool:
+    """What `stream_options` says, which may say no more than that."""
+    options = fields.get("stream_options", {})
+    if options and not fields.get("stream", False):
+        what = "'stream_options' needs 'stream' to be true."
+        raise ApiError(what, code="invalid_value", param="stream_options")
+    for name, value in options.items():
+        if name != "include_usage" or not isinstance(value, bool):
+            what = f"Invalid 'stream_options': {shortened({name: value})}; include_usage is known."
+            raise ApiError(what, code="invalid_value", param="stream_options")
+    return bool(options.get("include_usage", False))
 
 
 def parameter_error(error: ParameterError, names: Mapping[str, str]) -> ApiError:
@@ -112,7 +149,7 @@ def parameter_error(error: ParameterError, names: Mapping[str, str]) -> ApiError
     body spells otherwise."""
     found = re.match(r"\w+", str(error))
     name = found[0] if found else ""
-    if name not in {*SAMPLING, "logprobs"}:
+    if name not in {*SAMPLING, "logprobs", "prompt_logprobs"}:
         return ApiError(str(error), code="invalid_value")
     param = names.get(name, name)
     return ApiError(param + str(error)[len(name) :], code="invalid_value", param=param)
@@ -157,15 +194,16 @@ def _params(
     shown: Mapping[str, Any],
     names: Mapping[str, str],
 ) -> SamplingParams:
-    given = {name: value for name, value in fields.items() if name in SAMPLING}
+    taken = {*SAMPLING, "prompt_logprobs"}
+    given = {name: value for name, value in fields.items() if name in taken}
     try:
         return replace(defaults, **given, **shown)
     except ParameterError as error:
         raise parameter_error(error, names) from error
 
 
-def _completion_prompts(value: Any) -> tuple[Prompt, ...]:
-    """A text, token ids, or a list of either, as OpenAI has it."""
+def as_prompts(name: str, value: Any) -> tuple[Prompt, ...]:
+    """A text, token ids, or a list of either, as OpenAI has it, of the field `name`."""
     if isinstance(value, str) and value:
         return (Prompt(text=value),)
     if isinstance(value, list) and value:
@@ -176,8 +214,8 @@ def _completion_prompts(value: Any) -> tuple[Prompt, ...]:
         if all(map(_is_token_ids, value)):
             return tuple(Prompt(token_ids=item) for item in value)
     what = "is not a text, a list of token ids, or a list of one of these, none of them empty."
-    message = f"Invalid 'prompt': {shortened(value)} {what}"
-    raise ApiError(message, code="invalid_value", param="prompt")
+    message = f"Invalid '{name}': {shortened(value)} {what}"
+    raise ApiError(message, code="invalid_value", param=name)
 
 
 def _is_token_ids(value: Any) -> bool:

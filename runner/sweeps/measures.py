@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from runner.data.manifest import Manifest
 from runner.data.parts import reading
+from runner.data.result_kinds import result_kind
 from runner.data.schemas import RESULT_COLUMNS
 
 Measures: TypeAlias = dict[str, pl.DataFrame]
@@ -56,12 +57,10 @@ def read_measures(directory: Path) -> Measures:
 
 
 def _measured(rows: pa.Table) -> Measures:
-    names = set(rows.schema.names)
-    if "completion_token_ids" in names:
-        return _sampled(rows)
-    if "choice" in names:
-        return _scored(rows)
-    return _perplexity(rows) if "num_bytes" in names else {}
+    kind = result_kind(rows.schema)
+    if kind is None:
+        return {}
+    return {"samples": _sampled, "scores": _scored, "texts": _perplexity}[kind](rows)
 
 
 def _perplexity(rows: pa.Table) -> Measures:

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import mlx.core as mx
 import numpy as np
 from safetensors.numpy import save
 
 from runner.data.durable import append_line, replace_file, stopping
+from runner.errors import OutputError
+from runner.models.safetensors import read_safetensors
 from runner.training.grpo import GRPOTrainer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -32,7 +33,8 @@ class Checkpoints:
         """Brings the trainer to where it was; the first step that is left to do.
 
         `num_whole` steps have their rows. A checkpoint beyond these is of results that were
-        removed or damaged: training begins anew, and comes by the same way.
+        removed or damaged: training begins anew, and comes by the same way. Raises OutputError for
+        a file that is none.
         """
         step = self._read(num_whole)
         file = self._directory / METRICS_FILE
@@ -44,8 +46,9 @@ class Checkpoints:
         file = self._directory / CHECKPOINT_FILE
         if not file.exists():
             return 0
-        loaded: Any = mx.load(str(file), return_metadata=True)
-        arrays, metadata = loaded
+        arrays, metadata = read_safetensors(file, OutputError)
+        if not metadata.get(_STEP, "").isdecimal():
+            raise OutputError(f"{str(file)!r} is no checkpoint: without it, training begins anew")
         if int(metadata[_STEP]) > num_whole:
             return 0
         parts = [

@@ -242,7 +242,11 @@ def _with_lora(model: nn.Module, shape: LoraShape, seed: int) -> nn.Module:
     shared = {id(array): array for _, array in tree_flatten(model.parameters())}
     twin: nn.Module = copy.deepcopy(model, shared)
     twin.freeze()
-    num_layers = len(twin.layers) if shape.num_layers == -1 else shape.num_layers
+    count = len(twin.layers)
+    if shape.num_layers > count:
+        given = f"job.num_layers={shape.num_layers}"
+        raise ParameterError(f"{given} is not allowed: the model has {count} layers")
+    num_layers = count if shape.num_layers == -1 else shape.num_layers
     linear_to_lora_layers(twin, num_layers, shape.parameters())
     started = _started(dict(tree_flatten(twin.trainable_parameters())), seed)
     if not started:

@@ -265,6 +265,7 @@ def test_all_options_are_public_attributes(tmp_path: Path) -> None:
         "chat": True,
         "system_prompt": "Be brief.",
         "chat_template_kwargs": {"enable_thinking": False},
+        "tools_column": "prompt",
         "limit": 4,
         "offset": 1,
         "shuffle_seed": 3,

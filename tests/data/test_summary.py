@@ -1,3 +1,5 @@
+"""Numbers over result rows, part by part."""
+
 import json
 
 import pyarrow as pa
@@ -5,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.data.schemas import result_schema
+from runner.data.result_kinds import result_kind
+from runner.data.schemas import ECHO_FIELDS, RESULT_FIELDS, result_schema
+from runner.data.score_schemas import PERPLEXITY_FIELDS, SCORE_FIELDS
 from runner.data.summary import Totals
 
 SCHEMA = result_schema(pa.schema([]))
@@ -65,3 +69,34 @@ def test_the_spread_of_the_parts_is_that_of_the_whole(parts):
     )  # fmt: skip
     assert each.reward.mean == pytest.approx(one.reward.mean, abs=1e-12)
     assert each.reward.squares == pytest.approx(one.reward.squares, abs=1e-9)
+
+
+KINDS = [
+    (RESULT_FIELDS, "samples"), (ECHO_FIELDS, "samples"), (SCORE_FIELDS, "scores"),
+    (PERPLEXITY_FIELDS, "texts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "kind"), KINDS, ids=["samples", "echo", "scores", "texts"])
+def test_results_of_results_are_of_the_job_that_came_last(fields, kind):
+    assert result_kind(pa.schema(fields)) == kind
+    for others, _ in KINDS:
+        assert result_kind(result_schema(pa.schema(others), fields)) == kind
+
+
+def test_rows_that_are_no_results_are_of_no_kind():
+    for names in ([], ["row_id"], ["text", "group_id"], ["row_id", "text"]):
+        assert result_kind(pa.schema([(name, pa.string()) for name in names])) is None
+
+
+@pytest.mark.parametrize("fields", [SCORE_FIELDS, PERPLEXITY_FIELDS], ids=["scores", "texts"])
+def test_what_was_sampled_before_is_not_counted_where_it_is_scored_again(fields):
+    """The columns of the rollout pass through: its rewards and reasons are not of this job."""
+    row = {
+        "row_id": "a", "completion_token_ids": [1, 2], "finish_reason": "stop", "reward": 1.0,
+        "sum_logprob": -3.0,
+    }  # fmt: skip
+    found = Totals.of(pa.Table.from_pylist([row], schema=result_schema(SCHEMA, fields)))
+    numbers = found.report()
+    assert (numbers["rows"], numbers["samples"], numbers["completion_tokens"]) == (1, 1, 0)
+    assert numbers["finish_reasons"] == {} and numbers["reward"] is None

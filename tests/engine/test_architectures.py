@@ -4,7 +4,7 @@ from pathlib import Path
 import mlx_lm.models
 import pytest
 import which_models
-from alone import assert_batched_equals_alone
+from alone import assert_batched_equals_alone, assert_embedded_alike
 from tiny_architectures import NOT_TRIED, architectures, tiny_architecture
 
 from runner.engine.layer_kinds import REFUSED, layer_kinds
@@ -51,10 +51,19 @@ OPTIONS = [
 ]
 """Options that published models set and the tiny ones do not."""
 
+WITHOUT_EMBEDDINGS = {"talkie"}
+"""Modules whose projection onto the vocabulary is no linear layer."""
+
 
 @pytest.mark.parametrize("name", which_models.held())
 def test_batched_equals_alone(name):
-    assert_batched_equals_alone(tiny_architecture(name))
+    model = tiny_architecture(name)
+    assert_batched_equals_alone(model)
+    if name in WITHOUT_EMBEDDINGS:
+        with pytest.raises(ModelError, match="gives no embeddings"):
+            assert_embedded_alike(model)
+    else:
+        assert_embedded_alike(model)
 
 
 @pytest.mark.parametrize(("name", "changes"), OPTIONS)

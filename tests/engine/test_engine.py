@@ -174,3 +174,18 @@ def test_the_shortest_and_the_longest_beside_each_other():
     assert done["ends at once", 0].token_ids == [EOS]
     assert done["one of one", 0].finish_reason == "stop"
     assert done["fills the context", 0].finish_reason == "length"
+
+
+def test_rows_of_clients_never_wait_for_more_than_a_chunk_of_anothers_prompt() -> None:
+    engine = make_engine(tiny_model(), prefill_step_size=8, order="fcfs", max_batch_size=8)
+    engine.add(request([5, 6, 7], "stream", max_tokens=40))
+    while not engine.sequences or not engine.sequences[0].token_ids:
+        engine.step()
+    engine.add(request([3 + i % 20 for i in range(100)], "long", max_tokens=2))
+    before = engine.stats.num_prefill_tokens
+    for _ in range(10):
+        num_tokens = len(engine.sequences[0].token_ids)
+        engine.step()
+        assert len(engine.sequences[0].token_ids) == num_tokens + 1
+        assert engine.stats.num_prefill_tokens - before <= 8
+        before = engine.stats.num_prefill_tokens

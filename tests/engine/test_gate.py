@@ -137,3 +137,124 @@ def test_chances_are_those_of_the_row_and_of_what_drafted():
     assert chances.chance("new", "x") > 0.9, "a new row takes what is known of the source"
     chances.end("good")
     assert chances.chance("good", "y") < 0.3
+
+
+def plain_steps(gate: Gate, seconds: float, *, rows: int = 1, steps: int = 4) -> None:
+    """Steps without drafts, so that a plain one is known."""
+    for _ in range(steps):
+        gate.width(rows, [0] * rows, [0.0] * rows)
+        gate.record(rows, 1, seconds, num_tokens=rows)
+
+
+def lied_to(gate: Gate, steps: int, *, rows: int = 1) -> float:
+    """Seconds beyond those of plain steps, of 1 s each, where all is promised and nothing kept."""
+    lost = 0.0
+    for _ in range(steps):
+        width = gate.width(rows, [4] * rows, [0.99] * rows)
+        seconds = 1.0 if width == 1 else 1.5
+        gate.record(rows, width, seconds, num_tokens=rows)
+        lost += seconds - 1.0
+    return lost
+
+
+def test_promises_that_are_never_kept_cost_a_hundredth_and_a_step():
+    gate = Gate()
+    plain_steps(gate, 1.0)
+    lost = lied_to(gate, 1000)
+    assert 0 < lost <= 0.01 * (1000 + lost) + 1.0 + 0.5
+
+
+def test_what_was_gained_long_ago_does_not_pay_for_what_is_lost_now():
+    gate = Gate()
+    plain_steps(gate, 1.0)
+    for _ in range(1000):
+        width = gate.width(1, [4], [0.99])
+        gate.record(1, width, 1.0 if width == 1 else 1.5, num_tokens=width)
+    assert lied_to(gate, 1000) < (0.01 + 0.02) * 2500 + 1.0 + 0.5
+
+
+def test_what_is_lost_with_many_rows_does_not_stop_a_few():
+    gate = Gate()
+    for rows in (1, 32):
+        plain_steps(gate, 1.0, rows=rows)
+    lied_to(gate, 300, rows=32)
+    plain_steps(gate, 1.0, rows=32)
+    assert gate.width(32, [4] * 32, [0.99] * 32) == 1
+    plain_steps(gate, 1.0)
+    assert gate.width(1, [4], [0.99]) > 1
+
+
+def chosen_after(*plain: float, chance: float, verify: float) -> int:
+    """The width for one row, where a verify step of two positions takes `verify` seconds."""
+    gate = Gate()
+    gate.width(1, [0], [0.0])
+    for _ in range(2):
+        gate.record(1, 2, verify, num_tokens=2)
+    for seconds in plain:
+        plain_steps(gate, seconds, steps=1)
+    return gate.width(1, [1], [chance])
+
+
+def test_the_first_step_of_a_size_is_not_believed_where_the_next_is_faster():
+    """It paid for its memory; were it believed, anything would look faster than plain steps."""
+    assert chosen_after(1.0, 0.010, chance=0.5, verify=0.020) == 1
+    assert chosen_after(1.0, 0.010, chance=0.5, verify=0.012) == 2
+
+
+def test_a_step_that_was_held_up_says_little():
+    steady = [0.010, 0.010]
+    assert chosen_after(*steady, 10.0, chance=0.2, verify=0.020) == 1
+    # One that takes longer for good is believed after a few.
+    assert chosen_after(*steady, *([0.040] * 12), chance=0.2, verify=0.020) == 2
+
+
+def test_a_width_that_was_not_tried_looks_slower_than_the_largest_that_was():
+    """By the root of its size, so that of two with the same promise the smaller is tried first."""
+    gate = Gate()
+    plain_steps(gate, 1.0)
+    assert gate.width(1, [8], [0.5]) == 2
+    assert gate.width(1, [8], [0.05]) == 1
+    assert gate.width(1, [8], [0.95]) > 4
+
+
+def test_where_steps_overlap_it_rests_for_longer_and_longer_but_not_for_ever():
+    gate = Gate(rests=True)
+    rests, length = [], 0
+    for _ in range(3000):
+        if gate.looks:
+            rests, length = [*rests, length] if length else rests, 0
+            gate.width(1, [0], [0.0])
+        else:
+            length += 1
+            gate.pass_step()
+        gate.record(1, 1, 1.0, num_tokens=1, looked=not length)
+    assert rests[:4] == [4, 4, 8, 16] and max(rests) == rests[-1] == 128
+
+
+def test_where_steps_overlap_one_that_waited_for_the_draws_is_no_plain_step():
+    """It takes longer than the plain steps that drafts have to beat."""
+    gate = Gate(rests=True)
+    while not gate.looks:
+        gate.pass_step()
+        gate.record(1, 1, 1.0, num_tokens=1, looked=False)
+    for _ in range(3):
+        gate.width(1, [0], [0.0])
+        gate.record(1, 1, 3.0, num_tokens=1, looked=True)
+    for _ in range(2):
+        gate.record(1, 2, 1.9, num_tokens=2)
+    assert gate.width(1, [1], [0.5]) == 1
+
+
+def test_times_of_long_ago_are_forgotten():
+    """A machine that has become faster is not judged by what verify steps took before."""
+    gate = Gate()
+    plain_steps(gate, 1.0)
+    for _ in range(2):
+        gate.width(1, [1], [0.9])
+        gate.record(1, 2, 3.0, num_tokens=2)
+    tried = []
+    for step in range(1200):
+        width = gate.width(1, [1], [0.9])
+        tried += [step] if width > 1 else []
+        gate.record(1, width, 1.0, num_tokens=width)
+    assert tried[0] > 500 and len(tried) > 500

@@ -11,6 +11,7 @@ from tiny_adapters import (
     merged,
     quantized,
     random_adapter,
+    with_biases,
 )
 from tiny_architectures import tiny_architecture
 
@@ -21,6 +22,7 @@ from runner.errors import AdapterError, ParameterError, UnknownAdapterError
 
 MODEL = tiny_model(max_position_embeddings=256)
 SLIDING = tiny_model(layer_types=["full_attention", "sliding_attention"], sliding_window=6, seed=3)
+BIASED = with_biases(tiny_model(attention_bias=True, mlp_bias=True))
 EMBEDDING = ("model.embed_tokens",)
 # Rank, DoRA, modules: ranks and modules differ, so that slots hold zeros.
 KINDS = [
@@ -67,8 +69,13 @@ def rows(names, num_rows=12, **params):
 
 @pytest.mark.parametrize(
     ("model", "kinds"),
-    [(MODEL, KINDS), (SLIDING, KINDS), (quantized(MODEL), [KINDS[0], (8, True, ATTENTION)])],
-    ids=["full", "sliding", "quantised"],
+    [
+        (MODEL, KINDS),
+        (SLIDING, KINDS),
+        (quantized(MODEL), [KINDS[0], (8, True, ATTENTION)]),
+        (BIASED, KINDS),
+    ],
+    ids=["full", "sliding", "quantised", "biased"],
 )
 @pytest.mark.parametrize("order", ["offline", "fcfs"])
 def test_a_mixed_batch_equals_mlx_lm_and_the_merged_weights(model, kinds, order):

@@ -269,3 +269,17 @@ def test_the_peak_is_weights_and_cache_and_a_fifth(smollm2, kind):
     held = mx.get_peak_memory() - before
     assert cache < held + 2**20, "the cache was there"
     assert weights + held <= 1.2 * (weights + cache)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_the_longest_rows_that_fit_are_the_longest(num_rows):
+    kind = KVKind((1, 4), (1, 4), mx.float32)
+    memory = budget(20_000, kind)
+    longest = memory.max_columns(num_rows, 10_000)
+    assert 0 < longest < 10_000
+    assert memory.batch_bytes(num_rows, longest) <= 20_000
+    assert memory.batch_bytes(num_rows, longest + 1) > 20_000
+    assert memory.max_columns(num_rows, 5) == 5
+    assert memory.max_columns(1_000_000, 5) == 0
+    assert budget(None, kind).max_columns(num_rows, 10_000) == 10_000
+    assert f"holds a row of {memory.max_columns(1, 10_000)} tokens" in memory.shortage(10_000)

@@ -57,3 +57,24 @@ def test_of_many_texts_the_latest_are_kept():
     assert found is not None and found.continuation(9) == [97, 98, 99]
     assert recent.find([86, 87]) is not None, "ten tokens are kept"
     assert recent.find([5, 6]) is None, "not for ever"
+
+
+def test_of_two_texts_with_the_same_run_the_latest_says_what_follows():
+    recent = RecentTexts(2, 3, num_tokens=4)
+    recent.add([1, 2, 3, 10, 11])
+    recent.add([1, 2, 3, 20])
+    found = recent.find([9, 1, 2, 3])
+    assert found is not None and (found.size, found.continuation(2)) == (3, [20])
+    # Of runs that differ in length the longer one counts, however old.
+    recent.add([2, 3, 30, 31])
+    longer, shorter = recent.find([1, 2, 3]), recent.find([8, 2, 3])
+    assert longer is not None and longer.size == 3
+    assert shorter is not None and shorter.continuation(1) == [30]
+
+
+def test_a_run_at_the_very_end_of_a_text_is_followed_by_nothing():
+    index = NgramIndex(2, 4)
+    index.add([1, 2, 3])
+    assert index.find([2, 3]) is None and index.find([3]) is None and index.find([]) is None
+    found = index.find([1, 2])
+    assert found is not None and found.continuation(9) == [3]

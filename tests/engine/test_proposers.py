@@ -73,6 +73,29 @@ def test_nothing_is_kept_of_rows_that_are_gone():
     assert not (proposer._texts or proposer._groups or proposer._num_rows)
 
 
+@pytest.mark.parametrize("scope", ["row", "group", "job"])
+def test_a_row_that_was_never_met_may_end(scope):
+    """One that ended with its first token, before anything was drafted for it."""
+    for proposer in (NgramProposer(scope=scope), PreviousProposer(lambda request, index: [1])):
+        InOrder([proposer]).end(row(PROMPT))
+        assert proposer.propose([], []) == []
+
+
+def test_each_row_has_its_own_count_whichever_proposer_drafts():
+    """The first has a draft of one proposer, the others of the next, if any."""
+    earlier = {("b", 0): [40, 41, 42, 43]}
+    first = PreviousProposer(lambda request, index: earlier.get((request.request_id, index)))
+    rows = [
+        row([*PROMPT, 50, 11, 12], request_id="a"),
+        row([1], request_id="b"),
+        row([2], request_id="c"),
+        row([*PROMPT, 50, 14, 15], request_id="d"),
+    ]
+    found = InOrder([first, NgramProposer()]).propose(rows, [1, 3, 2, 2])
+    assert [list(draft.token_ids) for draft in found] == [[13], [40, 41, 42], [], [16, 50]]
+    assert [draft.source for draft in found] == ["ngram 2", "previous", "", "ngram 2"]
+
+
 def test_an_earlier_completion_is_followed_left_and_found_again():
     earlier = [20, 21, 22, 23, 24, 25, 26, 27]
     proposer = PreviousProposer(lambda request, index: earlier if index == 0 else None)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from tiny import make_engine, request, run, tiny_model
 
@@ -53,6 +55,15 @@ def test_wants_requests_until_four_batches_wait():
     assert not made.wants_requests
     made.next_prompts(rows(1))
     assert made.wants_requests
+
+
+def test_lower_priorities_go_first_and_in_order_of_arrival_among_themselves():
+    made = Scheduler(max_batch_size=8, max_prefill_tokens=2048, order="fcfs")
+    for index, priority in enumerate([0, 1, 0, -1, 1, -1]):
+        made.add(replace(request([5] * 4, f"r{index}"), priority=priority))
+    assert names(made.next_prompts(rows(3))) == ["r3", "r5", "r0"]
+    made.put_back([replace(request([5] * 4, "r1"), priority=1)])
+    assert names(made.next_prompts(rows(8))) == ["r2", "r1", "r4"]
 
 
 def test_remove_takes_out_one_that_waits():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_laws import HEADER, HYBRID, MODEL, WINDOWED
 from tiny import (
     VOCAB_SIZE,
     assert_same,
@@ -18,7 +19,6 @@ from tiny import (
     run,
     tiny_model,
 )
-from tiny_architectures import tiny_architecture
 
 from runner.engine import scoring
 from runner.engine.engine import Engine
@@ -26,12 +26,8 @@ from runner.engine.scoring import max_scored_positions, score_tokens
 from runner.errors import ParameterError, PromptError
 from runner.types import Request, SamplingParams
 
-MODEL = tiny_model()
-WINDOWED = tiny_model(layer_types=["full_attention", "sliding_attention"], sliding_window=6, seed=3)
-HYBRID = tiny_architecture("lfm2")
 MODELS = {"full": MODEL, "sliding": WINDOWED, "hybrid": HYBRID}
 
-HEADER = [7, 31, 5, 64, 90, 12, 45, 3, 77, 21, 50, 8, 33, 60, 18, 41, 29, 84, 11, 70]
 asked = st.fixed_dictionaries(
     {
         "header": st.sampled_from([[], HEADER, HEADER[:18]]),

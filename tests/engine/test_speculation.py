@@ -340,6 +340,25 @@ def test_counts_of_what_was_drafted_and_accepted():
     assert wrong.speculation.proposers[0]._vocab_size == VOCAB_SIZE
 
 
+def test_what_was_drafted_in_vain_is_counted_too():
+    rows = [request([5, 6, i], f"r{i}", max_tokens=13, ignore_eos=True) for i in range(3)]
+    engine = checked(MODEL, rows, "wrong")
+    report = engine.speculation.report()
+    assert 0 < report["num_accepted"] < report["num_drafted"]
+
+
+@pytest.mark.parametrize("kind", ["none", "right"])
+def test_a_model_that_gives_nan_ends_the_row_with_drafts_as_without(kind):
+    """A draft may have been the reason, so that the row draws again without; once."""
+    model = tiny_model(tie_word_embeddings=False)
+    model.model.embed_tokens.weight[50] = mx.nan
+    rows = [request([5, 6, i], f"r{i}", max_tokens=6, ignore_eos=True) for i in (50, 51)]
+    plain = run(make_engine(model), rows)
+    done = run(make_engine(model, speculation=drafting(plain, kind)), rows)
+    assert done["r50", 0].error == plain["r50", 0].error is not None
+    assert done["r51", 0].token_ids == plain["r51", 0].token_ids
+
+
 @pytest.mark.parametrize("count", [0, 33])
 def test_how_many_may_be_drafted(count):
     with pytest.raises(ParameterError, match=f"num_draft_tokens={count} is not allowed: 1 to 32"):

@@ -1,5 +1,6 @@
 """`runner openai_batch`, run as a user runs it, on a tiny model."""
 
+import base64
 import json
 import os
 import resource
@@ -13,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import numpy as np
 import pytest
 from command_line import ROOT, refused, succeed
 from in_process import run_config
-from openai.types import Completion
+from openai.types import Completion, CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
+from runner import LLM
 from runner.composition import register
-from runner.errors import DataError, OutputError, StoppedError
+from runner.errors import DataError, OutputError, ParameterError, StoppedError
 from runner.status import read_status
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -162,7 +165,7 @@ def test_requests_that_cannot_be_answered_are_error_lines_with_a_status(place: P
         "long": (request("long", prompt="x" * 300), 400, "context_length_exceeded", "prompt"),
         "embed": (
             {"custom_id": "embed", "method": "POST", "url": "/v1/embeddings", "body": {}},
-            400, "unsupported_endpoint", None,
+            400, "missing_required_parameter", "input",
         ),
         "bias": (request("bias", logit_bias={"999": 1}), 400, "invalid_value", "logit_bias"),
         "ids": (request("ids", stop_token_ids=[2**70]), 400, "invalid_value", "stop_token_ids"),
@@ -183,6 +186,52 @@ def test_requests_that_cannot_be_answered_are_error_lines_with_a_status(place: P
     summary = json.loads((place / "out" / "summary.json").read_text())
     assert summary["rows"] == summary["total_rows"] == 10 and summary["complete"]
     assert sum(summary["errors"].values()) == 9
+
+
+def embedding_line(custom_id: str, **body: Any) -> dict[str, Any]:
+    whole = {"model": "tiny", "input": f"say {custom_id}"} | body
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/embeddings", "body": whole}
+
+
+def test_embeddings_beside_completions(place: Path, llm: LLM) -> None:
+    lines = [
+        embedding_line("one"),
+        request("text"),
+        embedding_line("many", input=["a", "bcd", "ef"], encoding_format="base64", dimensions=6),
+        embedding_line("ids", input=[5, 6, 7]),
+        embedding_line("long", input=["good", "x" * 300]),
+        embedding_line("wide", dimensions=33),
+        embedding_line("other", model="gpt-4o"),
+    ]
+    write_batch(place, lines)
+    run(place, "job.pooling=last")
+    done = {line["custom_id"]: line for line in answers(place / "out")}
+    codes = {name: line["error"]["code"] for name, line in done.items() if line["error"]}
+    assert codes == {
+        "long": "context_length_exceeded", "wide": "invalid_value", "other": "model_not_found",
+    }  # fmt: skip
+    assert "input 1: " in done["long"]["error"]["message"]
+    assert done["text"]["response"]["body"]["choices"]
+    (expected,) = llm.embed(["say one"], pooling="last", use_tqdm=False)
+    body = done["one"]["response"]["body"]
+    assert CreateEmbeddingResponse.model_validate(body, strict=True).to_dict() == body
+    assert body["data"][0]["embedding"] == pytest.approx(expected.vector, abs=1e-5)
+    assert body["usage"] == {"prompt_tokens": 7, "total_tokens": 7}
+    coded = [it["embedding"] for it in done["many"]["response"]["body"]["data"]]
+    floats = [np.frombuffer(base64.b64decode(it), "<f4") for it in coded]
+    for found, it in zip(
+        floats,
+        llm.embed(["a", "bcd", "ef"], pooling="last", dimensions=6, use_tqdm=False),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, it.vector, atol=1e-5)
+    before = by_id(place / "out")
+    run(place, "job.pooling=last")
+    assert by_id(place / "out") == before
+    with pytest.raises(OutputError, match=r"job\.pooling"):
+        run(place, "job.pooling=mean")
+    with pytest.raises(ParameterError, match="pooling='max'"):
+        run(place, "job.pooling=max", out="other")
 
 
 def test_numbers_that_no_array_holds_are_answered_all_the_same(place: Path) -> None:

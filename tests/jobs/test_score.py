@@ -165,6 +165,12 @@ def test_bad_rows_are_rows_with_an_error(place):
     assert good["is_correct"].to_list() == [None, good["is_chosen"][1]]
 
 
+def test_the_speed_is_of_rows_and_not_of_choices(place):
+    assert run(place, *OPTIONS).height == 8
+    found = json.loads((place / "out" / "summary.json").read_text())["run"]
+    assert found["rows_per_hour"] == pytest.approx(len(ROWS) / found["seconds"] * 3600)
+
+
 def test_as_a_user_runs_it_and_again(place):
     base = ("score", "model.path=tiny", "data=multiple_choice", "output.dir=out", *OPTIONS)
     printed = succeed(*base, "output.shard_rows=8", cwd=place)
@@ -192,18 +198,9 @@ def test_as_a_user_runs_it_and_again(place):
         (["job.answer_column=answer"], "an answer is one of job.choices_column"),
         ([*OPTIONS, "job.completion_column=answer"], "give one of them"),
         (["job.choices_column=choices", "job.answer_column=choices"], "not text or an integer"),
-        (["sampling.top_k=5"], "sampling.top_k means nothing to score"),
-        (["sampling.echo=true"], "sampling.echo means nothing to score"),
-        (["data.path=empty.jsonl"], "no rows"),
-        (["data.path=empty.txt"], "is empty"),
-        (["data.path=numbers.jsonl"], "has the type int64, not text"),
-        (["reward=last_number"], "reward means nothing to score"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(place, options, message):
-    for name in ("empty.jsonl", "empty.txt"):
-        (place / name).touch()
-    write_jsonl(place / "numbers.jsonl", [{"prompt": 5}])
+def test_columns_that_cannot_be_scored_are_named(place, options, message):
     base = ("score", "model.path=tiny", "data.path=rows.jsonl", "output.dir=out")
     assert message in refused(*base, *options, cwd=place)
 

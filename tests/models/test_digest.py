@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from tiny_files import save_tiny_model
 
 from runner.models import digest
 from runner.models.digest import model_digest
+from runner.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +56,24 @@ def test_every_file_that_decides_counts(tmp_path: Path) -> None:
     assert model_digest(model(tmp_path / "c", bytes(2**16 + 1))) != one
     (tmp_path / "one" / "chat_template.jinja").write_text("{{ x }}")
     assert model_digest(tmp_path / "one") != one
+
+
+def test_a_tokenizers_digest_is_of_what_it_does(tmp_path: Path) -> None:
+    directory = save_tiny_model(tmp_path / "tiny")
+    ours = digest.tokenizer_digest(load_tokenizer(directory))
+    assert ours == digest.tokenizer_digest(load_tokenizer(directory))
+    merged = save_tiny_model(tmp_path / "merged", merges=["a b"])
+    changed = load_tokenizer(directory)
+    changed.chat_template = "another"
+    others = [digest.tokenizer_digest(it) for it in (load_tokenizer(merged), changed)]
+    assert len({ours, *others}) == 3
+
+
+def test_every_part_of_a_split_file_counts(tmp_path: Path) -> None:
+    first, second = (tmp_path / f"a-{number:05}-of-00002.gguf" for number in (1, 2))
+    first.write_bytes(b"first")
+    second.write_bytes(b"second")
+    whole = model_digest(first)
+    assert whole == model_digest(second)
+    second.write_bytes(b"another")
+    assert model_digest(first) != whole

@@ -17,8 +17,10 @@ from mlx_lm.utils import quantize_model, save_config, save_model
 from tokenizers import pre_tokenizers
 
 import runner
+from runner import LLM
 from runner.errors import ModelError, ParameterError
 from runner.models.blas import load_blas
+from runner.models.digest import model_digest
 from runner.models.load import LoadedModel, load_model
 from runner.models.tokenizer import Vocabulary, build_tokenizer
 from runner.models.weights import device_name
@@ -236,7 +238,7 @@ def test_an_nvfp4_scale_that_would_be_lost_is_refused(
     model = _random_model()
     model.lm_head.global_scale = mx.array(2.0)
     with pytest.raises(ModelError, match="run on a GPU only"):
-        weights._unpack(model, directory)
+        weights.unpack(model, directory)
 
 
 @pytest.mark.parametrize("command", ["name", "relative"])
@@ -258,6 +260,85 @@ def test_an_id_keeps_its_organisation(
     loaded = load_model("org/name", revision=commit)
     assert loaded.name == "org/name"
     assert commit in loaded.path
+
+
+def test_says_what_was_loaded(tmp_path: Path) -> None:
+    model, config = quantize_model(_random_model(mx.bfloat16), dict(_CONFIG), 32, 4)
+    loaded = load_model(str(_save(tmp_path / "packed", model, config)))
+    assert loaded.digest == model_digest(tmp_path / "packed")
+    assert loaded.file_dtype == "bfloat16"
+    assert loaded.quantization == [
+        {"mode": "affine", "bits": 4, "group_size": 32, "layers": loaded.quantization[0]["layers"]}
+    ]
+    assert loaded.quantization[0]["layers"] == sum("scales" in it for it in model.modules())
+    assert loaded.revision is None
+    dense = load_model(str(_save(tmp_path / "dense", _random_model(), _CONFIG)))
+    assert (dense.file_dtype, dense.quantization) == ("float32", [])
+    assert dense.digest != loaded.digest and dense.tokenizer_digest == loaded.tokenizer_digest
+
+
+def test_weights_of_two_types_keep_them_where_nothing_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, where auto is the model's own."""
+    model = _random_model(mx.bfloat16)
+    model.model.norm.weight = model.model.norm.weight.astype(mx.float32)
+    directory = _save(tmp_path, model, _CONFIG)
+    monkeypatch.setattr("runner.models.weights.device_name", lambda: "metal")
+    loaded = load_model(str(directory))
+    assert loaded.model.model.norm.weight.dtype == mx.float32
+    assert loaded.model.lm_head.weight.dtype == mx.bfloat16
+    assert loaded.dtype == "bfloat16"
+
+
+def test_a_model_without_a_tokenizer_is_one_line(directory: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).unlink()
+    _assert_one_line(directory, "it has none of tokenizer.json, *.model, vocab")
+
+
+@pytest.mark.parametrize("other", ["model.gguf", "pytorch_model.bin", "consolidated.00.pth"])
+def test_weights_in_another_form_are_named(directory: Path, other: str) -> None:
+    (directory / "model.safetensors").rename(directory / other)
+    _assert_one_line(directory, f"No safetensors found, only {other}")
+
+
+def test_bytes_that_were_changed_in_a_header_are_one_line(directory: Path) -> None:
+    content = bytearray((directory / "model.safetensors").read_bytes())
+    content[8:20] = b"not a header"
+    (directory / "model.safetensors").write_bytes(bytes(content))
+    _assert_one_line(directory, "model.safetensors is cut short, or no safetensors file")
+
+
+_OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+class Mine(PreTrainedTokenizerFast):
+    is_mine = True
+"""
+
+
+def test_code_of_the_model_runs_only_where_it_is_trusted(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (directory / "mine.py").write_text(_OWN_TOKENIZER)
+    own = {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}, "tokenizer_class": "Mine"}
+    config = json.loads((directory / "tokenizer_config.json").read_text()) | own
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    _assert_one_line(directory, "needs code of its own, which only model.trust_remote_code=true")
+    loaded = load_model(str(directory), trust_remote_code=True)
+    assert type(loaded.tokenizer._tokenizer).is_mine
+    (directory / "own.py").write_text(
+        "from mlx_lm.models.llama import Model, ModelArgs\nRAN = True"
+    )
+    _edit_config(directory, model_file="own.py")
+    _assert_one_line(directory, "needs code of its own (own.py), which only model.trust_remote")
+    assert load_model(str(directory), trust_remote_code=True).model.layers
+    llm = LLM(directory, trust_remote_code=True)
+    assert type(llm.tokenizer._tokenizer).is_mine
 
 
 def test_nothing_is_printed(directory: Path) -> None:

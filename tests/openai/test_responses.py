@@ -16,7 +16,7 @@ from runner.openai.errors import ApiError
 from runner.openai.logprobs import LEAST_LOGPROB, Spelling, completion_logprobs
 from runner.openai.requests import parse_request
 from runner.openai.responses import check_outputs, response_body
-from runner.types import Completion, ErrorInfo, Logprob, RequestOutput
+from runner.types import Completion, ErrorInfo, Logprob, RequestOutput, TextTokens
 
 Ask = Callable[..., dict[str, Any]]
 DEFAULTS = SamplingParams(max_tokens=None, seed=0)
@@ -213,9 +213,8 @@ def test_offsets_of_any_answer_rise_and_stay_inside_the_text(ask: Ask) -> None:
 def test_what_json_cannot_hold_is_replaced_and_tokens_written_alike_keep_the_likelier() -> None:
     names = [b"a", b"a", b"\xe2"]
     step = {1: Logprob(-2.0, 2), 0: Logprob(-1.0, 1), 2: Logprob(-math.inf, 3)}
-    one = sample("a", [b"a"], raw_logprobs=[-math.inf], logprobs=[step])
-    made = completion_logprobs(one, Spelling(names.__getitem__, as_token_ids=False))
-    assert made is not None
+    one = TextTokens(token_ids=[0], logprobs=[-math.inf], text_offsets=[0])
+    made = completion_logprobs(one, [step], Spelling(names.__getitem__, as_token_ids=False))
     assert made["token_logprobs"] == [LEAST_LOGPROB]
     assert made["top_logprobs"] == [{"a": -1.0, "bytes:\\xe2": LEAST_LOGPROB}]
 

@@ -4,14 +4,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
 from tiny_training import experiences, trainer
 
 from runner.data import durable
-from runner.errors import StoppedError
-from runner.training.checkpoint import CHECKPOINT_FILE, METRICS_FILE, Checkpoints
+from runner.errors import OutputError, StoppedError
+from runner.models.adapters import read_adapter
+from runner.training.checkpoint import (
+    ADAPTER_DIRECTORY,
+    CHECKPOINT_FILE,
+    METRICS_FILE,
+    Checkpoints,
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +99,49 @@ def test_a_checkpoint_without_the_rows_of_its_steps_is_not_believed(model, tmp_p
         np.testing.assert_array_equal(array, before[name])
     again.save(1, {"step": 0})
     assert steps(tmp_path) == [0]
+
+
+@pytest.mark.parametrize("content", ["cut", "other"])
+def test_a_file_that_is_no_checkpoint_is_said_in_a_line(model, tmp_path, content):
+    one = trainer(model)
+    Checkpoints(tmp_path, one).save(1, {"step": 0})
+    file = tmp_path / CHECKPOINT_FILE
+    if content == "cut":
+        file.write_bytes(file.read_bytes()[:99])
+    else:
+        mx.save_safetensors(str(file), {"x": mx.zeros(2)})
+    with pytest.raises(OutputError, match="checkpoint.safetensors' (cannot be read|is no check)"):
+        Checkpoints(tmp_path, one).restore(1)
+
+
+def test_a_checkpoint_of_fewer_steps_than_there_are_rows_is_gone_on_from(model, tmp_path):
+    """The rows of a step are committed before its checkpoint: a crash between the two."""
+    one = trainer(model)
+    checkpoints = Checkpoints(tmp_path, one)
+    for step in range(2):
+        checkpoints.save(step + 1, {"step": step})
+    assert Checkpoints(tmp_path, one).restore(3) == 2
+    assert Checkpoints(tmp_path, one).restore(1) == 0, "a step without rows is not believed"
+
+
+def test_metrics_that_are_gone_are_those_of_the_steps_to_come(model, tmp_path):
+    one = trainer(model)
+    Checkpoints(tmp_path, one).save(1, {"step": 0})
+    (tmp_path / METRICS_FILE).unlink()
+    again = Checkpoints(tmp_path, one)
+    assert again.restore(1) == 1
+    for step in (1, 2):
+        again.save(step + 1, {"step": step})
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_what_is_saved_beside_it_is_the_adapter_of_that_step(model, tmp_path):
+    one = trainer(model, keys=["self_attn.q_proj"])
+    one.update(experiences(model))
+    Checkpoints(tmp_path, one).save(1, {"step": 0})
+    weights = read_adapter(tmp_path / ADAPTER_DIRECTORY)
+    assert {path.rpartition("layers.")[2][2:] for path in weights.targets} == {"self_attn.q_proj"}
+    for path, low in weights.targets.items():
+        assert low.scale == one.shape.scale and low.rank == one.shape.rank
+        np.testing.assert_array_equal(low.a, one.arrays[f"{path}.lora_a"])
+        np.testing.assert_array_equal(low.b, one.arrays[f"{path}.lora_b"])

@@ -145,6 +145,57 @@ def test_names_of_no_module_are_refused():
         GRPOTrainer(tiny.tiny_model(), shape, Objective(temperature=1.0), learning_rate=1e-3)
 
 
+def test_only_the_modules_that_are_named():
+    shape = LoraShape(rank=3, keys=["self_attn.v_proj", "mlp.up_proj"], num_layers=1)
+    one = GRPOTrainer(tiny.tiny_model(), shape, Objective(temperature=1.0), learning_rate=1e-3)
+    names = {"self_attn.v_proj", "mlp.up_proj"}
+    parts = {f"model.layers.1.{name}.lora_{part}" for name in names for part in "ab"}
+    assert one.arrays.keys() == parts
+    assert {array.shape[array.shape.index(3)] for array in one.arrays.values()} == {3}
+
+
+def test_more_layers_than_the_model_has_are_refused():
+    assert trainer(tiny.tiny_model(), num_layers=2).arrays
+    with pytest.raises(ParameterError, match="job.num_layers=3 is not allowed: the model has 2"):
+        trainer(tiny.tiny_model(), num_layers=3)
+
+
+def test_the_largest_deviation_is_that_of_any_part():
+    """Completions are taken by length: the one that is off may come first or last."""
+    model = tiny.tiny_model()
+    for place in (0, -1):
+        given = experiences(model)
+        it = given[place]
+        off = [it.behaviour_logprobs[0] - 0.7, *it.behaviour_logprobs[1:]]
+        given[place] = replace(it, behaviour_logprobs=off)
+        stats = trainer(model, micro_batch_size=1).update(given)
+        assert stats.ratio_deviation == pytest.approx(np.exp(0.7) - 1, rel=1e-3)
+        assert stats.clipped_share == pytest.approx(1 / stats.num_tokens)
+
+
+def test_it_starts_from_an_adapter_that_changes_nothing():
+    """One factor is drawn, the other is zero."""
+    arrays = trainer(tiny.tiny_model()).arrays
+    for name, array in arrays.items():
+        if name.endswith("lora_b"):
+            assert not mx.any(array)
+        else:
+            bound = 1 / np.sqrt(array.shape[0])
+            assert 0.8 * bound < mx.abs(array).max().item() <= bound
+
+
+def test_prompts_and_pads_are_not_learned_from():
+    """The same completion, behind which others are longer, gives the same update."""
+    model = tiny.tiny_model()
+    short, *_, long = experiences(model)
+    silent = replace(long, advantage=0.0)
+    alone, padded = trainer(model), trainer(model)
+    total = len(short.completion_token_ids) + len(long.completion_token_ids)
+    losses = [alone.update([short]).loss * len(short.completion_token_ids)]
+    losses.append(padded.update([short, silent]).loss * total)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_an_experience_without_advantage_changes_nothing():
     model = tiny.tiny_model()
     one = trainer(model)

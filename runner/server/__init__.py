@@ -1,0 +1,1 @@
+"""The engine behind HTTP: OpenAI's endpoints, for clients that wait for their answer."""
