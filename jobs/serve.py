@@ -8,15 +8,17 @@ from omegaconf import DictConfig, OmegaConf
 from runner.errors import UsageError
 from runner.job import open_llm
 from runner.lora_options import LoraOptions
-from runner.types import SamplingParams
+from runner.pooling import PoolingParams
+from runner.types import Pooling, SamplingParams
 
 
-def serve(config: DictConfig, *, check_model: bool = True) -> None:
+def serve(config: DictConfig, *, check_model: bool = True, pooling: Pooling = "mean") -> None:
     """Serves the model until it is told to stop.
 
     `sampling` has the values of the fields that a request leaves out; `check_model` refuses
-    requests that name another model.
+    requests that name another model; `pooling` is that of embeddings.
     """
+    PoolingParams(pooling=pooling)  # Refuses what it cannot be.
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -39,7 +41,14 @@ def serve(config: DictConfig, *, check_model: bool = True) -> None:
     engine = EngineThread(lambda: open_llm(config))
     engine.llm.check(defaults)
     names = [*settings.served_model_name, engine.llm.loaded.name]
-    answerer = Answerer(engine.llm, defaults, names, check_model=check_model, adapter=lora.default)
+    answerer = Answerer(
+        engine.llm,
+        defaults,
+        names,
+        check_model=check_model,
+        adapter=lora.default,
+        pooling=pooling,
+    )
     service = Service(answerer, engine, settings, keys)
     service.adapter_paths |= lora.paths
     try:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from runner.errors import ModelError, ParameterError
 from runner.llm import LLM
@@ -18,6 +18,9 @@ from runner.openai.errors import ApiError
 from runner.openai.requests import ApiRequest, parameter_error, parse_request
 from runner.openai.responses import check_outputs, response_body
 from runner.types import Pooling, RequestOutput, SamplingParams
+
+AnyRequest: TypeAlias = ApiRequest | EmbeddingRequest
+"""A body that is understood."""
 
 
 class Answerer:
@@ -77,7 +80,7 @@ class Answerer:
             what = f"The model {model!r} does not exist; this one is {self.names[0]!r}."
             raise ApiError(what, code="model_not_found", param="model", status=404)
 
-    def adapter_of(self, request: ApiRequest | EmbeddingRequest) -> str | None:
+    def adapter_of(self, request: AnyRequest) -> str | None:
         """The adapter that a request names as its model, or that of all."""
         return request.model if request.model in self.llm.adapters else self._adapter
 
@@ -90,7 +93,7 @@ class Answerer:
             request,
             outputs,
             name=name,
-            model=self._model(request),
+            model=self.model_of(request),
             created=int(time.time()),
             token_bytes=self.token_bytes,
         )
@@ -100,17 +103,18 @@ class Answerer:
     ) -> dict[str, Any]:
         """Like `body`, of a request for embeddings."""
         check_outputs(request, outputs, max_model_len=self.llm.engine.max_model_len)
-        return embedding_body(request, outputs, model=self._model(request))
+        return embedding_body(request, outputs, model=self.model_of(request))
 
     def chunks(self, request: ApiRequest, *, name: str) -> Chunks:
         """Makes the chunks of a response that comes in pieces."""
         return Chunks(
             request,
             name=name,
-            model=self._model(request),
+            model=self.model_of(request),
             created=int(time.time()),
             token_bytes=self.token_bytes,
         )
 
-    def _model(self, request: ApiRequest | EmbeddingRequest) -> str:
+    def model_of(self, request: AnyRequest) -> str:
+        """The name of what answers a request: an adapter, or the model."""
         return self.adapter_of(request) or self.names[0]

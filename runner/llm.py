@@ -338,10 +338,7 @@ class LLM:
         return self.engine.weights_changed()
 
     def restart(self) -> None:
-        """Makes a new engine with the same weights and adapters, after one that has failed.
-
-        What was in flight is gone.
-        """
+        """Makes a new engine, with the same adapters, after one that failed; its rows are gone."""
         before = self.engine.adapters
         self.text_engine = self._make_text_engine()
         self.engine = self.text_engine.engine

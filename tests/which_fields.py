@@ -1,10 +1,10 @@
 """Prints the README's table of the fields that the HTTP endpoints take, from the program's own."""
 
 from runner.openai.descriptions import DESCRIPTIONS
-from runner.openai.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, Endpoint
+from runner.openai.fields import CHAT, COMPLETIONS, DETOKENIZE, EMBEDDINGS, TOKENIZE, Endpoint
 
 COLUMNS = {"completions": COMPLETIONS.online, "chat": CHAT.online}
-COLUMNS |= {"tokenize": TOKENIZE, "detokenize": DETOKENIZE}
+COLUMNS |= {"embeddings": EMBEDDINGS, "tokenize": TOKENIZE, "detokenize": DETOKENIZE}
 
 
 def table() -> str:

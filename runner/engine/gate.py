@@ -12,16 +12,18 @@ _FORGOTTEN = 512
 _MARGIN = 1.02
 """How much faster drafts have to look: times are never exact."""
 _MOST_LOSS = 0.01
-"""Share of the time at a number of rows that trials there may cost, beside one plain step."""
+"""Share of the time that trials may cost."""
 _KEPT_GAIN = 0.02
 """Share of the time up to which gains make up for later losses."""
-_NUM_LOOKS = 4
+_NUM_LOOKS = 2
 """Steps without use after which the gate rests, where looking costs something."""
-_MOST_REST = 128
+_LEAST_REST, _MOST_REST = 16, 128
 _PRIOR = 0.6
 """Chance of a drafted token of which nothing is known."""
 _PRIOR_WEIGHT = 2.0
 _FADING = 0.97
+_TRUSTED = {"previous": 0.9, "DraftModelProposer": 0.6}
+"""Chances that are counted on before anything is known, by what drafts; elsewhere none."""
 
 
 @dataclass(slots=True)
@@ -53,6 +55,11 @@ class Acceptance:
     def chance(self, row: Hashable, source: str) -> float:
         """That the next drafted token is accepted, where those before it are."""
         known = self._sources.get(source, _Score()).chance(_PRIOR)
+        return self._rows.get(row, _Score()).chance(known)
+
+    def sure(self, row: Hashable, source: str) -> float:
+        """The chance that can be counted on, by what has been accepted so far."""
+        known = self._sources.get(source, _Score()).chance(_TRUSTED.get(source, 0.0))
         return self._rows.get(row, _Score()).chance(known)
 
     def record(self, row: Hashable, source: str, *, num_drafted: int, num_accepted: int) -> None:
@@ -127,7 +134,7 @@ class _Times:
 
 @dataclass(slots=True)
 class _Account:
-    """What drafts gained over plain steps, or lost, at about one number of rows."""
+    """What drafts gained over plain steps, or lost."""
 
     spent: float = 0.0
     gained: float = 0.0
@@ -136,8 +143,9 @@ class _Account:
         self.spent += seconds
         self.gained = min(self.gained + gain, _KEPT_GAIN * self.spent)
 
-    def allows(self, plain: float) -> bool:
-        return self.gained >= -_MOST_LOSS * self.spent - plain
+    def allows(self, gain: float) -> bool:
+        """Whether a step may be tried that is sure of a gain, which may be below zero."""
+        return gain >= 0 or self.gained + gain >= -_MOST_LOSS * self.spent
 
 
 class Gate:
@@ -162,10 +170,10 @@ class Gate:
         """Forgets all times, and what drafts gained or lost."""
         self._plain, self._verify = _Times(), _Times()
         self._step = self._num_live = 0
-        self._accounts: dict[int, _Account] = {}
+        self._account = _Account()
         self._num_idle = 0
-        self._resting = 4 if self._rests else 0  # Plain steps to compare with.
-        self._next_rest = _NUM_LOOKS
+        self._resting = _LEAST_REST if self._rests else 0  # Plain steps to compare with.
+        self._next_rest = _LEAST_REST
 
     @property
     def looks(self) -> bool:
@@ -177,42 +185,55 @@ class Gate:
         self._step += 1
         self._resting = max(0, self._resting - 1)
 
-    def width(self, num_rows: int, lengths: Sequence[int], chances: Sequence[float]) -> int:
+    def width(
+        self,
+        num_rows: int,
+        lengths: Sequence[int],
+        chances: Sequence[float],
+        sure: Sequence[float] | None = None,
+    ) -> int:
         """Positions to forward per row: 1 decodes plainly.
 
         Args:
             num_rows: slots of the batch, empty ones included.
             lengths: tokens drafted for each live row.
             chances: of each row's drafted tokens to be accepted, one after another.
+            sure: those chances that can be counted on; the same where none are given.
         """
+        sure = chances if sure is None else sure
         self._step, self._num_live = self._step + 1, len(lengths)
-        chosen = self._best(num_rows, lengths, chances) if any(lengths) else 1
+        chosen = self._best(num_rows, lengths, chances, sure) if any(lengths) else 1
         self._num_idle = 0 if chosen > 1 else self._num_idle + 1
         if chosen > 1:
-            self._next_rest = _NUM_LOOKS
+            self._next_rest = _LEAST_REST
         elif self._rests and self._num_idle >= _NUM_LOOKS:
             self._resting, self._num_idle = self._next_rest, _NUM_LOOKS // 2
             self._next_rest = min(2 * self._next_rest, _MOST_REST)
         return chosen
 
-    def _best(self, num_rows: int, lengths: Sequence[int], chances: Sequence[float]) -> int:
+    def _best(
+        self,
+        num_rows: int,
+        lengths: Sequence[int],
+        chances: Sequence[float],
+        sure: Sequence[float],
+    ) -> int:
         # Where steps overlap, a plain one is timed while the gate rests.
         most_age = _FORGOTTEN if self._rests else _STALE
         plain = self._plain.exact(num_rows, self._step, most_age=most_age)
-        if plain is None or not self._account(num_rows).allows(plain):
+        if plain is None:
             return 1
         most = max(lengths) + 1
         widths = sorted({min(most, 1 + 2**i) for i in range(6)} | {most})
         best, least = 1, _MARGIN * len(lengths) / plain
         for width in widths:
-            tokens = sum(map(lambda n, p: _expected(min(n, width - 1), p), lengths, chances))
-            speed = tokens / self._seconds(num_rows * width)
-            if speed > least:
+            counts = [min(length, width - 1) for length in lengths]
+            seconds = self._seconds(num_rows * width)
+            speed = sum(map(_expected, counts, chances)) / seconds
+            least_gain = sum(map(_expected, counts, sure)) / len(counts) * plain - seconds
+            if speed > least and self._account.allows(least_gain):
                 best, least = width, speed
         return best
-
-    def _account(self, num_rows: int) -> _Account:
-        return self._accounts.setdefault(num_rows.bit_length(), _Account())
 
     def _seconds(self, num_positions: int) -> float:
         found = self._verify.exact(num_positions, self._step, most_age=_FORGOTTEN)
@@ -231,7 +252,7 @@ class Gate:
         gain = 0.0
         if width > 1 and plain is not None:
             gain = num_tokens / self._num_live * plain - seconds
-        self._account(num_rows).add(seconds, gain)
+        self._account.add(seconds, gain)
         if width > 1:
             self._verify.record(num_rows * width, seconds, self._step)
         elif looked != self._rests:

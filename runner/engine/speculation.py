@@ -252,10 +252,10 @@ class Speculation:
         self._chances.fade()
         if self._gate is None:
             return 1 + max(lengths)
-        chances = [
-            self._chances.chance(row, source) for row, source in zip(rows, sources, strict=True)
-        ]
-        return self._gate.width(len(batch.rows), lengths, chances)
+        pairs = list(zip(rows, sources, strict=True))
+        chances = [self._chances.chance(row, source) for row, source in pairs]
+        sure = [self._chances.sure(row, source) for row, source in pairs]
+        return self._gate.width(len(batch.rows), lengths, chances, sure)
 
     def read(self, step: Launched, *, num_tokens: int) -> None:
         """Takes what a step came to."""

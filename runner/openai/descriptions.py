@@ -15,11 +15,14 @@ DESCRIPTIONS: Mapping[str, str] = {
     "cache_salt": "Taken and not used: no answer shows what the prefix cache holds.",
     "chat_template_kwargs": "Further variables of the chat template.",
     "continue_final_message": "Goes on with the last message instead of beginning a new one.",
+    "dimensions": "Keeps the first so many components, scaled to length 1 again.",
     "documents": "Documents for chat templates that read them.",
     "echo": "Puts the prompt before the completion, with its logprobs where they are asked for.",
+    "encoding_format": "`float`, or `base64` for the bytes of little-endian float32.",
     "frequency_penalty": "Subtracted from a token's logit for each time the completion holds it.",
     "ignore_eos": "Goes on past the model's end-of-sequence tokens.",
     "include_stop_str_in_output": "Leaves the stop string at the end of the text.",
+    "input": "A text, a list of token ids, or a list of either, 2048 at most.",
     "logit_bias": "What is added to logits, by token id; -100 to 100 each.",
     "logprobs": "For completions the number of alternatives shown for each token, 0 to 100, the "
     "token itself beside them; for chat true or false.",
@@ -90,10 +93,20 @@ _MESSAGE = {
         },
     ],
 }
+_PROMPT = {
+    "anyOf": [
+        _FULL_TEXT,
+        _full_list(_FULL_TEXT),
+        _full_list(_TOKEN_ID),
+        _full_list(_full_list(_TOKEN_ID)),
+    ]
+}
 
 _NARROWED: Mapping[str, Mapping[str, Any]] = {
     "best_of": _COUNT,
+    "dimensions": _COUNT,
     "frequency_penalty": _PENALTY,
+    "input": _PROMPT,
     "logit_bias": {"additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
     "max_completion_tokens": _COUNT,
     "max_tokens": {"minimum": 0},
@@ -102,14 +115,7 @@ _NARROWED: Mapping[str, Mapping[str, Any]] = {
     "min_tokens": {"minimum": 0},
     "n": _COUNT,
     "presence_penalty": _PENALTY,
-    "prompt": {
-        "anyOf": [
-            _FULL_TEXT,
-            _full_list(_FULL_TEXT),
-            _full_list(_TOKEN_ID),
-            _full_list(_full_list(_TOKEN_ID)),
-        ]
-    },
+    "prompt": _PROMPT,
     "prompt_logprobs": _ALTERNATIVES,
     "repetition_penalty": {"exclusiveMinimum": 0},
     "stream_options": {

@@ -193,7 +193,9 @@ EMBEDDINGS = Endpoint(
         **dict.fromkeys(("model", "user"), _TEXT),
         "input": _PROMPT,
         "encoding_format": Kind(
-            "'float' or 'base64'", _ENCODINGS.__contains__, {"enum": _ENCODINGS}
+            "'float' or 'base64'",
+            _ENCODINGS.__contains__,
+            {"type": "string", "enum": [*_ENCODINGS, None]},
         ),
         "dimensions": _INT,
     },

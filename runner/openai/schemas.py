@@ -163,3 +163,20 @@ TOKENIZER_INFO = whole(
 )
 STATUS = whole({"status": {"enum": ["ready", "restarting", "failed", "stopped"]}})
 VERSION = whole({"version": TEXT})
+
+EMBEDDINGS = whole(
+    {
+        "object": {"const": "list"},
+        "data": listed(
+            whole(
+                {
+                    "object": {"const": "embedding"},
+                    "index": _COUNT,
+                    "embedding": {"anyOf": [listed(_NUMBER), TEXT]},
+                }
+            )
+        ),
+        "model": TEXT,
+        "usage": whole(dict.fromkeys(("prompt_tokens", "total_tokens"), _COUNT)),
+    }
+)

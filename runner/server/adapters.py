@@ -29,7 +29,7 @@ def adapter_routes(service: Service) -> APIRouter:
             raise _invalid("load_inplace", "is not true or false")
         if name in service.answerer.names or (name in llm.adapters and not in_place):
             raise _invalid("lora_name", f"{name!r} is taken; load_inplace replaces an adapter")
-        if not path.is_dir():
+        if not _is_directory(path):
             what = f"'lora_path': there is no directory {given!r}."
             raise ApiError(what, code="adapter_not_found", param="lora_path", status=404)
         try:
@@ -69,6 +69,13 @@ def _confined(given: str, root: str | None) -> Path:
         what = "'lora_path' leaves the directory that this server reads adapters from."
         raise ApiError(what, code="forbidden", param="lora_path", status=403)
     return path
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # A name that is too long, a directory that cannot be entered.
+        return False
 
 
 def _text(body: dict[str, Any], name: str) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Literal, TypeAlias, TypeVar
 
-from runner.errors import RunnerError
+from runner.errors import ModelError, RunnerError
 from runner.llm import LLM
 from runner.text_stream import TextDelta
 from runner.types import PromptRequest, RequestOutput
@@ -142,6 +142,7 @@ class EngineThread:
     def _run(self, open_llm: Callable[[], LLM], opened: Future[LLM]) -> None:
         try:
             self.llm = open_llm()
+            self._look_for_the_head()
         except BaseException as error:
             opened.set_exception(error)
             return
@@ -161,6 +162,11 @@ class EngineThread:
         for ticket in self._open.copy():
             self._tell(ticket, EngineFailure(f"the engine has {self.status}"))
         self._deliver()
+
+    def _look_for_the_head(self) -> None:
+        """Finds what embeddings are read from, which takes a forward, before anyone asks."""
+        with suppress(ModelError):
+            _ = self.llm.engine.admission.embedding_size
 
     def _serve(self) -> None:
         while not self._is_stopping:
@@ -222,6 +228,7 @@ class EngineThread:
         for attempt in range(_MOST_RESTARTS):
             try:
                 self.llm.restart()
+                self._look_for_the_head()
             except BaseException:
                 _log.exception("a new engine could not be made")
                 time.sleep(attempt * _SECONDS_BETWEEN_RESTARTS)

@@ -7,7 +7,7 @@ from typing import Any
 from runner import __version__
 from runner.openai import schemas
 from runner.openai.descriptions import body_schema
-from runner.openai.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
+from runner.openai.fields import CHAT, COMPLETIONS, DETOKENIZE, EMBEDDINGS, TOKENIZE
 from runner.openai.schemas import Schema, whole
 from runner.server.guarding import open_paths
 from runner.server.service import Service
@@ -105,6 +105,14 @@ OPERATIONS = (
         {_JSON: schemas.CHAT_COMPLETION, _EVENTS: schemas.TEXT},
         body=body_schema(CHAT.online),
         example={"messages": [{"role": "user", "content": "Name a fruit."}], "max_tokens": 8},
+        failures=_ANSWERING,
+    ),
+    _sends(
+        "/v1/embeddings",
+        "Makes vectors of texts.",
+        {_JSON: schemas.EMBEDDINGS},
+        body=body_schema(EMBEDDINGS),
+        example={"input": ["Hello", "Good day"]},
         failures=_ANSWERING,
     ),
     _asks("/v1/models", "The model, its other names, and its adapters.", schemas.MODELS),

@@ -1,5 +1,7 @@
 """The process: a socket, uvicorn on it, and a clean end."""
 
+import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ def run_server(service: Service) -> None:
         timeout_graceful_shutdown=round(settings.shutdown_timeout),
         server_header=False,
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_farewell)
     with _signals_end_well():
         try:
             uvicorn.Server(config).run(sockets=[listening])
@@ -54,6 +57,11 @@ def _signals_end_well() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _is_no_farewell(record: logging.LogRecord) -> bool:
+    """False for the traceback of a request that the end of the server has cut off."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

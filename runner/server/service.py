@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from runner.answerer import Answerer
+from runner.answerer import Answerer, AnyRequest
 from runner.errors import PromptError
 from runner.models.token_bytes import TokenBytes
 from runner.openai.errors import ApiError
@@ -56,16 +56,12 @@ class Service:
         """Tokens of prompt and completion together."""
         return self.answerer.llm.loaded.max_model_len
 
-    def model_of(self, request: ApiRequest) -> str:
-        """The name of what answers a request: an adapter, or the model."""
-        return self.answerer.adapter_of(request) or self.answerer.names[0]
-
     async def with_tokenizer(self, action: Callable[[Any], T]) -> T:
         """Does something with the tokenizer, on the tokenizer's thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoder, action, self.tokenizer)
 
-    async def encoded(self, request: ApiRequest, name: str) -> list[PromptRequest]:
+    async def encoded(self, request: AnyRequest, name: str) -> list[PromptRequest]:
         """The requests for the engine, their prompts in token ids; raises `ApiError`."""
         asked = request.prompt_requests(
             name, key=uuid.uuid4().hex, adapter=self.answerer.adapter_of(request)
@@ -112,13 +108,13 @@ class Service:
                 done[ticket.places[event.request_id]] = event
         return [done[place] for place in sorted(done)]
 
-    def _check_lengths(self, request: ApiRequest, prompts: Sequence[Sequence[int]]) -> None:
+    def _check_lengths(self, request: AnyRequest, prompts: Sequence[Sequence[int]]) -> None:
         most = self.settings.max_prompt_tokens
         longest = max(map(len, prompts))
         if most is not None and longest > most:
             what = f"The prompt has {longest} tokens; this server takes {most} at most."
             code, field = "context_length_exceeded", request.endpoint.prompt_field
             raise ApiError(what, code=code, param=field)
-        if request.params.n > self.settings.max_n:
+        if isinstance(request, ApiRequest) and request.params.n > self.settings.max_n:
             what = f"'n' is too large: this server gives {self.settings.max_n} at most."
             raise ApiError(what, code="invalid_value", param="n")

@@ -226,6 +226,19 @@ def test_drafts_from_the_run_before_are_beside_the_same_engine_without(llm):
     assert report["num_draft_tokens"] == 16 and report["acceptance_rate"] in (None, 1.0)
 
 
+def test_a_run_drafts_nothing_from_the_run_before_it(llm):
+    """A round is no easier for there having been one."""
+    drafts = {"proposers": ["ngram"], "ngram_scope": "job", "ngram_min": 1, "gate": False}
+    drafting = LLM(llm.loaded, speculative=drafts, max_batch_size=2)
+    workload = Workload("decode", [[5, 6, 7] * 3, [8, 9, 10] * 3], 1, [25, 25], 0.0)
+    counts = []
+    for _ in range(2):
+        timed(drafting, run_engine, workload)
+        report = drafting.engine.speculation.report()
+        counts.append((report["num_drafted"], report["num_accepted"]))
+    assert counts[0] == counts[1] > (0, 0)
+
+
 def test_prompts_one_by_one_are_never_in_one_batch(llm):
     workload = Workload("copy", [[5, 6, 7], [8, 9, 10, 11]], 1, [5, 5], 0.0, is_one_by_one=True)
     before = llm.engine.stats.num_row_steps

@@ -34,7 +34,8 @@ def simulated(
         if looked:
             chances.fade()
             known = [chances.chance(row, "x") for row in range(rows)]
-            width = gate.width(rows, [most] * rows, known)
+            sure = [chances.sure(row, "x") for row in range(rows)]
+            width = gate.width(rows, [most] * rows, known, sure)
         else:
             gate.pass_step()
         time = seconds(rows * width) * dice.uniform(0.95, 1.05)
@@ -56,8 +57,25 @@ def simulated(
 @pytest.mark.parametrize("chance", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("rows", [1, 6, 32])
 @pytest.mark.parametrize("seconds", [memory_bound, compute_bound, stepped])
-def test_never_much_slower_than_plain(seconds, rows, chance, rests):
-    assert simulated(seconds, rows, chance, rests=rests)[0] > 0.97
+@pytest.mark.parametrize("steps", [40, 600])
+def test_never_much_slower_than_plain(seconds, rows, chance, rests, steps):
+    """From the first step on: a job may be short."""
+    assert simulated(seconds, rows, chance, rests=rests, steps=steps)[0] > 0.97
+
+
+@pytest.mark.parametrize("num_accepted", [8, 0])
+def test_what_was_drafted_by_an_earlier_run_is_trusted_at_once(num_accepted):
+    gate, chances, widths = Gate(), Acceptance(), []
+    for _ in range(30):
+        known, sure = chances.chance("row", "previous"), chances.sure("row", "previous")
+        widths.append(gate.width(1, [8], [known], [sure]))
+        accepted = min(widths[-1] - 1, num_accepted)
+        gate.record(1, widths[-1], memory_bound(widths[-1]), num_tokens=1 + accepted)
+        if widths[-1] > 1:
+            counts = {"num_drafted": widths[-1] - 1, "num_accepted": accepted}
+            chances.record("row", "previous", **counts)
+    assert widths[0] == 1 < widths[1]
+    assert (sum(width > 1 for width in widths) > 25) == (num_accepted > 0)
 
 
 @pytest.mark.parametrize(("rows", "chance"), [(1, 0.95), (1, 0.7), (4, 0.95), (16, 0.95)])

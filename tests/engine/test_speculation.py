@@ -32,7 +32,6 @@ KV = {
     "full": (MODEL, {}),
     "sliding": (tiny_model(**WINDOWS), {}),
     "bounded": (MODEL, {"max_kv_size": 7}),
-    "quantised": (tiny_model(head_dim=32), {"kv_bits": 8, "kv_group_size": 32}),
     "adapters": (MODEL, {}),
 }
 ADAPTERS = {"a": random_adapter(MODEL, 1)[0], "b": random_adapter(MODEL, 2, rank=2)[0]}

@@ -103,9 +103,9 @@ def test_the_same_tokens_follow_and_their_logprobs_are_close(loaded: Loaded) -> 
     assert means["stored"] < MEANS[loaded.name]["stored"]
 
 
-NUM_PROMPTS = {"float32": 20, "stored": 5}
-# Measured: 0.0001 and 0.04 of smollm2, 0.001 and 0.04 of gemma3. llama.cpp itself, with and without
-# activations in 8 bits, goes on with the same tokens after 7 and 10 of the 20 prompts.
+NUM_PROMPTS = {"float32": 20, "stored": 3}
+# Measured: 0.00003 and 0.05 of smollm2, 0.001 and 0.04 of gemma3. llama.cpp itself, with and
+# without activations in 8 bits, goes on with the same tokens after 7 and 10 of the 20 prompts.
 MEANS = {
     "smollm2": {"float32": 5e-4, "stored": 0.06},
     "gemma3": {"float32": 3e-3, "stored": 0.06},
@@ -113,10 +113,12 @@ MEANS = {
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize(("kind", "within"), [("float32", 1e-3), ("stored", 0.015)])
-def test_the_perplexity_of_a_text_is_llama_cpps(loaded: Loaded, kind: str, within: float) -> None:
+def test_the_perplexity_of_a_text_is_llama_cpps(loaded: Loaded) -> None:
     ids = list(loaded.tokenizer.encode(SCRIPT["TEXT"]))
     logprobs = np.take_along_axis(loaded.logprobs(ids), np.array([ids[1:]]).T, axis=1)
     ours = float(np.exp(-logprobs.mean()))
-    print(f"{loaded.name}: {ours:.4f}, llama.cpp {loaded.golden[kind]['perplexity']:.4f}")
-    assert ours == pytest.approx(loaded.golden[kind]["perplexity"], rel=within)
+    theirs = {kind: loaded.golden[kind]["perplexity"] for kind in ("float32", "stored")}
+    print(f"{loaded.name}: {ours:.4f}, llama.cpp {theirs}")
+    assert ours == pytest.approx(theirs["float32"], rel=1e-3)
+    # As far as llama.cpp is from itself: 0.6 % and 1.0 %.
+    assert ours == pytest.approx(theirs["stored"], rel=0.015)

@@ -10,15 +10,22 @@ from jsonschema import Draft202012Validator
 from serving import ask, complete, tiny_engine, tiny_service
 
 from runner.openai.descriptions import DESCRIPTIONS, body_schema
-from runner.openai.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, checked_fields
+from runner.openai.fields import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    EMBEDDINGS,
+    TOKENIZE,
+    checked_fields,
+)
 from runner.server.app import create_app
 from runner.server.engine_thread import EngineThread
 from runner.server.openapi import document
 from runner.server.service import Service
 
-ENDPOINTS = [COMPLETIONS.online, CHAT.online, TOKENIZE, DETOKENIZE]
+ENDPOINTS = [COMPLETIONS.online, CHAT.online, EMBEDDINGS, TOKENIZE, DETOKENIZE]
 MESSAGES = [{"role": "user", "content": "hi"}]
-NEEDED = {"prompt": "hi", "messages": MESSAGES, "tokens": [5], "": None}
+NEEDED = {"prompt": "hi", "input": "hi", "messages": MESSAGES, "tokens": [5], "": None}
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +158,9 @@ def test_what_hangs_together_is_described(
 
 def refuses_beyond_kind(name: str, value: Any) -> bool:
     """Whether a field is refused for its value, not for what kind of value it is."""
-    return name in ("prompt", "messages", "stream_options") or isinstance(value, int | float | list)
+    return name in ("prompt", "input", "messages", "stream_options") or isinstance(
+        value, int | float | list
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,6 +170,9 @@ def refuses_beyond_kind(name: str, value: Any) -> bool:
         ("/v1/completions", {"prompt": ["a", "b"], "prompt_logprobs": 1}),
         ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 2, "return_token_ids": True}),
         ("/v1/chat/completions", {"prompt_logprobs": 0, "stop": ["e"], "stop_token_ids": [5]}),
+        ("/v1/embeddings", {"input": ["a", "b"]}),
+        ("/v1/embeddings", {"input": "a", "encoding_format": "base64"}),
+        ("/v1/embeddings", {"input": ""}),
         ("/tokenize", {"return_token_strs": True}),
         ("/tokenize", {"messages": MESSAGES}),
         ("/detokenize", {}),
@@ -185,11 +197,13 @@ def test_answers_are_what_the_document_says(service: Service, path: str, body: A
         template = "/v1/models/{name}"
     operation = described["paths"][template][method]
     if body is not None and not path.endswith("adapter"):
-        needed = {"/detokenize": "tokens", "/v1/chat/completions": "messages"}.get(path, "prompt")
+        needs = {"/detokenize": "tokens", "/v1/chat/completions": "messages"}
+        needed = (needs | {"/v1/embeddings": "input"}).get(path, "prompt")
         short = {"max_tokens": 4} if "completions" in path else {}
         body = short | ({} if "messages" in body else {needed: NEEDED[needed]}) | body
         schema = operation["requestBody"]["content"]["application/json"]["schema"]
-        assert Draft202012Validator(schema).is_valid(body) == (body.get("n") != -1)
+        is_whole = body.get("n") != -1 and body.get("input") != ""
+        assert Draft202012Validator(schema).is_valid(body) == is_whole
     answer = ask(service, method.upper(), path, **({} if body is None else {"json": body}))
     told = operation["responses"][str(answer.status_code)]["content"]
     kind = answer.headers["content-type"].partition(";")[0]
@@ -197,7 +211,7 @@ def test_answers_are_what_the_document_says(service: Service, path: str, body: A
     schema = told[kind]["schema"] | {"components": described["components"]}
     Draft202012Validator(schema).validate(content)
     is_failure = "none" in path or "adapter" in path or (body or {}).keys() & {"model"}
-    is_failure = is_failure or (body or {}).get("n") == -1
+    is_failure = is_failure or (body or {}).get("n") == -1 or (body or {}).get("input") == ""
     assert (answer.status_code >= 400) == bool(is_failure)
 
 
