@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ def live_server(
     options = {"order": "fcfs", "prefill_step_size": 64, "max_batch_size": 32} | (engine or {})
     thread = EngineThread(lambda: LLM(model, **options))
     answerer = Answerer(thread.llm, SamplingParams(max_tokens=None), [NAME])
-    service = Service(answerer, thread, ServerSettings(**settings))
+    service = Service(answerer, thread, ServerSettings(**{"log_file": os.devnull} | settings))
     config = uvicorn.Config(create_app(service), port=0, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     runs = threading.Thread(target=lambda: asyncio.run(server.serve()), name="uvicorn")
@@ -101,3 +102,4 @@ def live_server(
         server.should_exit = server.force_exit = True
         runs.join()
         thread.stop()
+        service.log.close()

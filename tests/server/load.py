@@ -87,11 +87,11 @@ async def crowd(port: int, bodies: list[dict[str, Any]], at_once: int) -> list[A
 
 
 def requests(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Prompts of 20 to 300 words, 32 to 96 tokens each."""
+    """Prompts of 10 to 80 words, 32 to 96 tokens each."""
     draw = random.Random(seed)
     return [
         {
-            "prompt": " ".join(draw.choices(WORDS, k=draw.randint(20, 300))),
+            "prompt": " ".join(draw.choices(WORDS, k=draw.randint(10, 80))),
             "max_tokens": draw.randint(32, 96),
             "temperature": 0.8,
             "seed": place,

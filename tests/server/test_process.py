@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from command_line import ROOT
+from live_server import wait_until
 
 BODY = {"prompt": "Hello", "max_tokens": 5, "ignore_eos": True}
 
@@ -26,22 +27,22 @@ class Process:
         options = ["serve", f"model.path={place / 'tiny'}", "server.port=0"]
         options += ["server.shutdown_timeout=20", "engine.max_batch_size=8"]
         script = ROOT / "tests" / "serve_with_faults.py"
-        self.running = subprocess.Popen(
-            [sys.executable, str(script), str(self.fault), *options],
-            cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.running.stdout is not None
-        line = self.running.stdout.readline()
-        assert line.startswith("Serving tiny at http://127.0.0.1:"), line + self.rest()
-        self.url = line.split()[3]
+        self.said = place / "said"
+        with self.said.open("w") as file:
+            self.running = subprocess.Popen(
+                [sys.executable, str(script), str(self.fault), *options],
+                cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=file, stderr=file,
+            )  # fmt: skip
+        listens = "Serving tiny at http://127.0.0.1:"
+        assert wait_until(lambda: listens in self.said.read_text(), 60), self.said.read_text()
+        self.url = self.said.read_text().partition("Serving")[2].split()[2]
         self.port = int(self.url.rpartition(":")[2])
         self.client = httpx.Client(base_url=self.url, trust_env=False, timeout=30)
 
     def rest(self) -> str:
         """What it says until its end."""
         self.running.wait(timeout=60)
-        return "".join(self.running.communicate())
+        return self.said.read_text()
 
     def post(self, **fields: object) -> httpx.Response:
         """A completion."""
@@ -188,7 +189,7 @@ def test_ctrl_c_twice_does_not_wait(tmp_path, tiny_directory):
     with contextlib.closing(process.client), socket.create_connection(address) as connection:
         # A body that never comes whole is something to wait for.
         connection.sendall(posted(b"{", length=100))
-        time.sleep(0.2)
+        assert process.is_well(), "it has heard of that one, too"
         process.running.send_signal(signal.SIGINT)
         time.sleep(0.5)
         assert process.running.poll() is None
