@@ -12,12 +12,12 @@ _FORGOTTEN = 512
 _MARGIN = 1.02
 """How much faster drafts have to look: times are never exact."""
 _MOST_LOSS = 0.01
-"""Share of the time that trials may cost."""
+"""Share of the time that trials may cost; what is sure to gain, one plain step more."""
 _KEPT_GAIN = 0.02
 """Share of the time up to which gains make up for later losses."""
-_NUM_LOOKS = 2
+_NUM_LOOKS = 4
 """Steps without use after which the gate rests, where looking costs something."""
-_LEAST_REST, _MOST_REST = 16, 128
+_MOST_REST = 128
 _PRIOR = 0.6
 """Chance of a drafted token of which nothing is known."""
 _PRIOR_WEIGHT = 2.0
@@ -143,9 +143,9 @@ class _Account:
         self.spent += seconds
         self.gained = min(self.gained + gain, _KEPT_GAIN * self.spent)
 
-    def allows(self, gain: float) -> bool:
-        """Whether a step may be tried that is sure of a gain, which may be below zero."""
-        return gain >= 0 or self.gained + gain >= -_MOST_LOSS * self.spent
+    def allows(self, loss: float) -> bool:
+        """Whether so much more may be lost."""
+        return self.gained - loss >= -_MOST_LOSS * self.spent
 
 
 class Gate:
@@ -170,10 +170,11 @@ class Gate:
         """Forgets all times, and what drafts gained or lost."""
         self._plain, self._verify = _Times(), _Times()
         self._step = self._num_live = 0
+        self._accounts: dict[int, _Account] = {}
         self._account = _Account()
         self._num_idle = 0
-        self._resting = _LEAST_REST if self._rests else 0  # Plain steps to compare with.
-        self._next_rest = _LEAST_REST
+        self._resting = 4 if self._rests else 0  # Plain steps to compare with.
+        self._next_rest = _NUM_LOOKS
 
     @property
     def looks(self) -> bool:
@@ -205,7 +206,7 @@ class Gate:
         chosen = self._best(num_rows, lengths, chances, sure) if any(lengths) else 1
         self._num_idle = 0 if chosen > 1 else self._num_idle + 1
         if chosen > 1:
-            self._next_rest = _LEAST_REST
+            self._next_rest = _NUM_LOOKS
         elif self._rests and self._num_idle >= _NUM_LOOKS:
             self._resting, self._num_idle = self._next_rest, _NUM_LOOKS // 2
             self._next_rest = min(2 * self._next_rest, _MOST_REST)
@@ -231,9 +232,17 @@ class Gate:
             seconds = self._seconds(num_rows * width)
             speed = sum(map(_expected, counts, chances)) / seconds
             least_gain = sum(map(_expected, counts, sure)) / len(counts) * plain - seconds
-            if speed > least and self._account.allows(least_gain):
+            if speed > least and self._allows(num_rows, least_gain, plain):
                 best, least = width, speed
         return best
+
+    def _account_of(self, num_rows: int) -> _Account:
+        return self._accounts.setdefault(num_rows.bit_length(), _Account())
+
+    def _allows(self, num_rows: int, least_gain: float, plain: float) -> bool:
+        """Whether a step may be tried that gains at least so much, or loses it if below zero."""
+        is_sure = least_gain >= 0 or self._account.allows(-least_gain)
+        return is_sure and self._account_of(num_rows).allows(-plain)
 
     def _seconds(self, num_positions: int) -> float:
         found = self._verify.exact(num_positions, self._step, most_age=_FORGOTTEN)
@@ -252,7 +261,8 @@ class Gate:
         gain = 0.0
         if width > 1 and plain is not None:
             gain = num_tokens / self._num_live * plain - seconds
-        self._account.add(seconds, gain)
+        for account in (self._account, self._account_of(num_rows)):
+            account.add(seconds, gain)
         if width > 1:
             self._verify.record(num_rows * width, seconds, self._step)
         elif looked != self._rests:
