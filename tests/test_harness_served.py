@@ -98,7 +98,10 @@ def test_choices_have_the_numbers_of_runner_score(place, options):
 
 
 def test_rolling_perplexities_are_those_of_runner_perplexity(place):
-    """Of 65, it keeps one for the token that is sampled, and one as the HF model of it does."""
+    """Of 65, one is kept for the token that is sampled, and one for the context.
+
+    The harness takes a beginning of sequence with the id 0, as the tiny model's, for none.
+    """
     metrics = ("word_perplexity", "byte_perplexity", "bits_per_byte")
     task = {
         "output_type": "loglikelihood_rolling",
@@ -107,7 +110,9 @@ def test_rolling_perplexities_are_those_of_runner_perplexity(place):
         "metric_list": [{"metric": name} for name in metrics],
     }
     with live_server(place / "tiny") as live:
-        done = evaluated(place, live.url, task, place / "texts.jsonl", max_length=65)
+        done = evaluated(
+            place, live.url, task, place / "texts.jsonl", max_length=65, custom_prefix_token_id=0
+        )
     rows = run_job(
         "perplexity", place, f"data.path={place / 'texts.jsonl'}", "job.preset=lm_eval",
         "job.window=64", out="rolling",
