@@ -363,10 +363,11 @@ class Engine:
     def _end_aborted(self) -> list[Completion]:
         if not self._aborting:
             return []
+        self._flight.give_up(self._aborting, self._indices)
         ended = self._flight.end(self._aborting, self._sequence)
         for sequence in ended:
             sequence.finish_reason = "abort"
-        # A request in the middle of its prefill is ended once it is ready.
+        # One in a prefill with others is ended once it is ready.
         self._aborting &= {request.request_id for request in self._flight.prefilling}
         return [sequence.completion() for sequence in ended]
 

@@ -72,6 +72,15 @@ class Flight:
         dropped, self.prefill = self.prefill.requests, None
         return dropped
 
+    def give_up(self, names: Collection[str], indices: Callable[[Request], list[int]]) -> None:
+        """Drops a prefill whose requests, by name, are all to be ended; they count as ready.
+
+        `indices` gives the samples of a request that are to be started.
+        """
+        if all(request.request_id in names for request in self.prefilling):
+            self.ready += [ReadyPrompt(it, [], 0, indices=indices(it)) for it in self.prefilling]
+            self.prefill = None
+
     def end(
         self, names: Collection[str], new_sequence: Callable[[ReadyPrompt, int], Sequence]
     ) -> list[Sequence]:

@@ -49,6 +49,7 @@ class Service:
         # One thread, and a tokenizer of its own: encoding a long prompt holds up nobody's stream.
         self.tokenizer: Any = copy.deepcopy(answerer.llm.tokenizer)
         self.token_bytes = TokenBytes(self.tokenizer)
+        self._num_encoding = 0
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     @property
@@ -62,10 +63,15 @@ class Service:
         return await loop.run_in_executor(self._encoder, action, self.tokenizer)
 
     async def encoded(self, request: AnyRequest, name: str) -> list[PromptRequest]:
-        """The requests for the engine, their prompts in token ids; raises `ApiError`."""
+        """The requests for the engine, their prompts in token ids.
+
+        Raises `ApiError` for a prompt that has none or too many, and where too many wait already.
+        """
+        self._check_room()
         asked = request.prompt_requests(
             name, key=uuid.uuid4().hex, adapter=self.answerer.adapter_of(request)
         )
+        self._num_encoding += len(asked)
         try:
             encoded = await self.with_tokenizer(
                 lambda tokenizer: [encode_prompt(it.prompt, tokenizer) for it in asked]
@@ -73,6 +79,8 @@ class Service:
         except (PromptError, UnicodeError) as error:
             field = request.endpoint.prompt_field
             raise ApiError(str(error), code="invalid_value", param=field) from error
+        finally:
+            self._num_encoding -= len(asked)
         self._check_lengths(request, [ids for _, ids in encoded])
         return [replace(it, encoded=pair) for it, pair in zip(asked, encoded, strict=True)]
 
@@ -84,10 +92,7 @@ class Service:
 
         Raises `ApiError` where too many wait already, or the engine fails meanwhile.
         """
-        size = self.answerer.llm.engine.max_batch_size
-        if self.engine.num_open >= size + self.settings.max_waiting:
-            what = f"{self.settings.max_waiting} requests wait already; try again later."
-            raise ApiError(what, code="server_busy", status=429)
+        self._check_room()
         try:
             ticket = self.engine.submit(requests, watched=watched)
             try:
@@ -107,6 +112,13 @@ class Service:
                 assert isinstance(event, RequestOutput), "it is not watched"
                 done[ticket.places[event.request_id]] = event
         return [done[place] for place in sorted(done)]
+
+    def _check_room(self) -> None:
+        """Raises `ApiError` where too many wait, for the tokenizer or for the engine."""
+        size = self.answerer.llm.engine.max_batch_size
+        if self.engine.num_open + self._num_encoding >= size + self.settings.max_waiting:
+            what = f"{self.settings.max_waiting} requests wait already; try again later."
+            raise ApiError(what, code="server_busy", status=429)
 
     def _check_lengths(self, request: AnyRequest, prompts: Sequence[Sequence[int]]) -> None:
         most = self.settings.max_prompt_tokens

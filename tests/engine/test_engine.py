@@ -189,3 +189,22 @@ def test_rows_of_clients_never_wait_for_more_than_a_chunk_of_anothers_prompt() -
         assert len(engine.sequences[0].token_ids) == num_tokens + 1
         assert engine.stats.num_prefill_tokens - before <= 8
         before = engine.stats.num_prefill_tokens
+
+
+@pytest.mark.parametrize("max_tokens", [4, 0])
+def test_a_long_prefill_that_nobody_waits_for_ends_with_the_next_step(max_tokens: int) -> None:
+    engine = make_engine(tiny_model(), prefill_step_size=8)
+    scores = {"prompt_logprobs": 0} if max_tokens == 0 else {"n": 2}
+    prompt = [3 + i % 20 for i in range(100)]
+    engine.add(request(prompt, "gone", max_tokens=max_tokens, **scores))
+    for _ in range(3):
+        engine.step()
+    engine.abort("gone")
+    before = engine.stats.num_prefill_tokens
+    done = engine.step()
+    assert [it.finish_reason for it in done] == ["abort"] * (1 if max_tokens == 0 else 2)
+    assert engine.stats.num_prefill_tokens == before and not engine.has_unfinished
+    asked = [request(prompt, "gone", max_tokens=4)]
+    (fresh,) = run(make_engine(tiny_model()), asked).values()
+    (again,) = run(engine, asked).values()
+    assert_same(again, fresh)
