@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from runner.device_memory import default_memory_budget
 from runner.engine.engine import Engine
 from runner.engine.kv_options import KVOptions
-from runner.engine.memory import MemoryBudget, in_gib
+from runner.engine.memory import MemoryBudget, in_units
 from runner.errors import ModelError
 
 _PACKED_BITS = {"8 bits": 8.5, "4 bits": 4.5}
@@ -54,8 +54,8 @@ class MemoryFit:
             whose = "the device has" if self.memory_budget is None else "memory_budget is"
             raise ModelError(
                 f"the model does not fit into memory: its weights take "
-                f"{in_gib(memory.weights_bytes)} and a run with one row {in_gib(need)}; "
-                f"{whose} {in_gib(most)}; {_what_would(model, memory, most)}"
+                f"{in_units(memory.weights_bytes)} and a run with one row {in_units(need)}; "
+                f"{whose} {in_units(most)}; {_what_would(model, memory, most)}"
             )
         self._warn(replace(memory, num_bytes=most))
 
@@ -83,7 +83,7 @@ def _what_would(model: nn.Module, memory: MemoryBudget, most: int) -> str:
             smaller[f"{name} (runner convert)"] = packed
     smaller["engine.prefix_cache_bytes=0"] = replace(memory, prefix_cache_bytes=0)
     needs = {name: budget.batch_bytes(1, 1) for name, budget in smaller.items()}
-    enough = [f"{name} would take {in_gib(it)}" for name, it in needs.items() if it <= most]
+    enough = [f"{name} would take {in_units(it)}" for name, it in needs.items() if it <= most]
     return ", ".join(enough) or "take a smaller model"
 
 

@@ -56,7 +56,7 @@ DATA = ["data.path=prompts.jsonl", "data.prompt_column=question"]
         ([*BASE, *DATA, "engine.max_batch_size=0"], ["max_batch_size=0", "or auto"]),
         ([*BASE, *DATA, "engine.max_batch_size=many"], ["max_batch_size='many'", "or auto"]),
         ([*BASE, *DATA, "engine.memory_budget=lots"], ["memory_budget='lots'", "8GiB"]),
-        ([*BASE, *DATA, "engine.memory_budget=1MB"], ["memory_budget=", "weights"]),
+        ([*BASE, *DATA, "engine.memory_budget=1MB"], ["memory_budget is 976.6 KiB", "weights"]),
         ([*BASE, *DATA, "output.shard_rows=0"], ["shard_rows=0"]),
         ([*BASE, *DATA, "model.dtype=int3"], ["int3", "float32"]),
         ([*BASE, *DATA, "model.max_model_len=100000"], ["100000", "256"]),

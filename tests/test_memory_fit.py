@@ -75,7 +75,7 @@ def test_a_run_that_fits_is_the_one_that_the_engine_takes(tiny_directory: Path) 
 
 def test_the_device_is_the_default(tiny_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runner.memory_fit.default_memory_budget", lambda: 1000)
-    with pytest.raises(ModelError, match="the device has 9.31e-07 GiB"):
+    with pytest.raises(ModelError, match="the device has 1000 bytes"):
         LLM(tiny_directory)
 
 

@@ -13,9 +13,11 @@ _WORKSPACE = 0.2
 _MANY = 1_000_000
 
 
-def in_gib(num_bytes: float) -> str:
+def in_units(num_bytes: float) -> str:
     """Bytes for people to read."""
-    return f"{num_bytes / 2**30:.3g} GiB"
+    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+    size, unit = next((it for it in units if num_bytes >= it[0]), (1, "bytes"))
+    return f"{num_bytes / size:.4g} {unit}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +41,10 @@ class MemoryBudget:
     def __post_init__(self) -> None:
         if self.max_rows(1) < 1:
             raise ParameterError(
-                f"memory_budget={in_gib(self.num_bytes or 0)} is not allowed: the weights have "
-                f"{in_gib(self.weights_bytes)} and the prefix cache "
-                f"{in_gib(self.prefix_cache_bytes)}, so that one row needs at least "
-                f"{in_gib(self.batch_bytes(1, 1))}"
+                f"memory_budget={in_units(self.num_bytes or 0)} is not allowed: the weights have "
+                f"{in_units(self.weights_bytes)} and the prefix cache "
+                f"{in_units(self.prefix_cache_bytes)}, so that one row needs at least "
+                f"{in_units(self.batch_bytes(1, 1))}"
             )
 
     def slot_bytes(self, num_columns: int) -> int:
@@ -64,7 +66,7 @@ class MemoryBudget:
             return None
         needed, most = self.batch_bytes(1, num_columns), self.num_bytes or 0
         return (
-            f"would take the run to {in_gib(needed)}; memory_budget is {in_gib(most)}, which "
+            f"would take the run to {in_units(needed)}; memory_budget is {in_units(most)}, which "
             f"holds a row of {self.max_columns(1, num_columns)} tokens"
         )
 

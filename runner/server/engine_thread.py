@@ -162,6 +162,15 @@ class EngineThread:
         for ticket in self._open.copy():
             self._tell(ticket, EngineFailure(f"the engine has {self.status}"))
         self._deliver()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Waits for the last forward: one that runs while the interpreter ends may abort it."""
+        import mlx.core as mx  # Not before runner.llm, which brings the BLAS.
+
+        with suppress(BaseException):
+            self.llm.text_engine.abort_all()
+            mx.synchronize()
 
     def _look_for_the_head(self) -> None:
         """Finds what embeddings are read from, which takes a forward, before anyone asks."""

@@ -25,7 +25,7 @@ def test_a_change_is_counted_and_the_same_content_is_none(adapters):
     assert adapters.load("b", FIRST) and adapters.weight_version == 2
     assert adapters.load("a", SECOND) and adapters.weight_version == 3
     assert adapters.names == ["a", "b"], "a name keeps its place"
-    assert [adapters.digest(name) for name in "ab"] == [SECOND.digest, FIRST.digest]
+    assert [adapters.digests[name] for name in "ab"] == [SECOND.digest, FIRST.digest]
     assert adapters.get("b").targets is not adapters.get("a").targets
 
 

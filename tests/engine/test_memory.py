@@ -92,7 +92,7 @@ def test_no_budget_is_no_limit():
 
 
 def test_a_budget_without_room_for_a_row_is_refused():
-    with pytest.raises(ParameterError, match="memory_budget=.*GiB is not allowed: the weights"):
+    with pytest.raises(ParameterError, match="memory_budget=.*iB is not allowed: the weights"):
         make_engine(MODEL, memory_budget=WEIGHTS)
     with pytest.raises(ParameterError, match="memory_budget=0"):
         make_engine(MODEL, memory_budget=0)

@@ -38,7 +38,8 @@ def export(directory: Path) -> None:
     load_blas()
     from runner.models.weights import read_model
 
-    model, config, tokenizer = read_model(resolve_model(MODEL), dtype="float32")
+    files = read_model(resolve_model(MODEL), dtype="float32")
+    model, config, tokenizer = files.model, files.config, files.tokenizer
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: it.astype(mx.float32) for name, it in tree_flatten(model.parameters())}
     path = str(directory / "model.safetensors")

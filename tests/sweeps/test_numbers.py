@@ -183,7 +183,7 @@ def loads(monkeypatch) -> dict[str, Any]:
         return SimpleNamespace(path=path)
 
     monkeypatch.setattr(kept_model, "load_model", load)
-    monkeypatch.setattr(kept_model, "resolve_model", lambda path, revision: path)
+    monkeypatch.setattr(kept_model, "resolve_model", lambda path, **_: path)
     monkeypatch.setattr(kept_model, "model_digest", lambda path: found["digest"])
     return found
 

@@ -174,7 +174,7 @@ def test_a_model_is_loaded_once_for_the_points_that_share_it(place, monkeypatch)
         alive = [name for name, model in loaded if model() is not None]
         assert alive == [], "two models are in memory"
         found = read(path, **options)
-        loaded.append((path.name, weakref.ref(found[0])))
+        loaded.append((path.name, weakref.ref(found.model)))
         return found
 
     monkeypatch.setattr(weights, "read_model", counted)
