@@ -17,9 +17,9 @@ from runner.benchmarking.measure import measure, result
 from runner.benchmarking.peers import COMPARED, Peers
 from runner.benchmarking.picture import check_matplotlib, draw
 from runner.benchmarking.table import print_table, unequal_options
+from runner.configured import open_llm
 from runner.data.workloads import WORKLOADS, Workload
 from runner.errors import OutputError, ParameterError
-from runner.job import open_llm
 from runner.llm import LLM
 from runner.models.load import Loader
 

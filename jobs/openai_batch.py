@@ -11,13 +11,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from runner.answerer import Answerer
+from runner.configured import open_llm, plain_options
 from runner.data.batch_results import ERROR_FILE, OUTPUT_FILE, BatchResults
 from runner.data.error_rate import ErrorRate
 from runner.data.openai_batch import BadLine, BatchFile, BatchLine, answer_line
 from runner.errors import ParameterError, StoppedError
 from runner.identity import identity
 from runner.interrupt import Interrupt
-from runner.job import open_llm
 from runner.lora_options import LoraOptions
 from runner.models.load import Loader
 from runner.openai.embeddings import EmbeddingRequest
@@ -47,7 +47,7 @@ def openai_batch(
     embeddings. `load_model` is the sweep's, if it is in one.
     """
     PoolingParams(pooling=pooling)  # Refuses what it cannot be.
-    plain = _plain(config)
+    plain = plain_options(config)
     defaults = _defaults(plain)
     lora = LoraOptions.of(plain["lora"])
     if lora.is_mixed or lora.watch is not None:
@@ -249,12 +249,6 @@ def _answer(
 
 def _hex(line_id: str) -> str:
     return line_id.rpartition("_")[2]
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    content = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(content, dict), "a configuration is a mapping"
-    return {str(key): value for key, value in content.items()}
 
 
 def _defaults(plain: Mapping[str, Any]) -> SamplingParams:

@@ -1,12 +1,11 @@
 """`runner serve`: the engine as an OpenAI endpoint that stays up."""
 
 import os
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from runner.configured import open_llm, plain_options
 from runner.errors import UsageError
-from runner.job import open_llm
 from runner.lora_options import LoraOptions
 from runner.pooling import PoolingParams
 from runner.types import Pooling, SamplingParams
@@ -33,7 +32,7 @@ def serve(config: DictConfig, *, check_model: bool = True, pooling: Pooling = "m
     from runner.server.service import Service
     from runner.server.settings import ServerSettings
 
-    plain = _plain(config)
+    plain = plain_options(config)
     settings = ServerSettings.of(plain["server"])
     keys = ApiKeys.of(os.environ, settings.api_key_file)
     lora = LoraOptions.of(plain["lora"])
@@ -55,9 +54,3 @@ def serve(config: DictConfig, *, check_model: bool = True, pooling: Pooling = "m
         run_server(service)
     finally:
         service.log.close()
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    content = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(content, dict), "a configuration is a mapping"
-    return {str(key): value for key, value in content.items()}

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.adapter_watch import AdapterWatch
 from runner.certificate import Certificate
+from runner.configured import open_llm, plain_options
 from runner.data import Dataset, ResultWriter, WriteBehind, read_ahead
 from runner.data.durable import replace_file, stopping
 from runner.data.merge import Merged, merge
@@ -82,14 +83,16 @@ class RunContext:
             raise ParameterError(f"{given} is not allowed: this job samples nothing to draft")
         fields = fields or (ECHO_FIELDS if self.params.echo else RESULT_FIELDS)
         self.dataset: Dataset = instantiate(config.data)
-        self.lora = LoraOptions.of(_plain(config.lora))
+        self.lora = LoraOptions.of(plain_options(config.lora))
         self.lora.check_columns(self.dataset.columns)
         fields = by_adapter(fields) if self.lora.is_mixed else fields
         prompt_builder(self.dataset)  # Refuses options that no row could have a prompt with.
         corpus = {"data.content": corpus_digest(self.dataset)} if is_corpus else {}
         self.writer: ResultWriter = instantiate(config.output)(
             schema=result_schema(self.dataset.schema, fields),
-            identity=identity(_plain(config), _DECIDING_GROUPS) | self.lora.identity() | corpus,
+            identity=identity(plain_options(config), _DECIDING_GROUPS)
+            | self.lora.identity()
+            | corpus,
             retry_errors=retry_errors,
         )
         self._tracker = instantiate(config.tracker)
@@ -330,7 +333,7 @@ class RunContext:
         loaded = self.llm.loaded
         return Watch(
             self.directory,
-            public_options(_plain(self.config)),
+            public_options(plain_options(self.config)),
             total=self._num_rows,
             done=len(self.writer.done_rows),
             tracker=self._tracker,
@@ -353,25 +356,6 @@ class RunContext:
         print_merged(merge(self.directory, row_ids, self.writer.merge_format))
 
 
-def open_llm(config: DictConfig, load_model: Loader | None = None) -> LLM:
-    """The `LLM` that a configuration describes, with its adapters.
-
-    Its model is read from files, or given by `load_model`.
-    """
-    model, engine = _plain(config.model), _plain(config.engine)
-    lora = LoraOptions.of(_plain(config.lora))
-    engine |= {"seed": config.sampling.seed or 0, "max_adapters": lora.max_adapters}
-    engine["speculative"] = _plain(config.speculative)
-    path = model.pop("path")
-    if load_model is None:
-        llm = LLM(path, **model, **engine)
-    else:
-        llm = LLM(load_model(path, **model), **engine)
-    for name, directory in lora.paths.items():
-        llm.load_adapter(name, directory)
-    return llm
-
-
 def print_merged(merged: Merged) -> None:
     """Says in one line what a merge wrote, and what it did not."""
     missing = f"; {merged.missing} rows have no result yet" if merged.missing else ""
@@ -383,14 +367,8 @@ def _write(file: Any, text: str) -> None:
     file.write(text.encode())
 
 
-def _plain(node: DictConfig) -> dict[str, Any]:
-    content = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(content, dict), "a group of options is a mapping"
-    return {str(key): value for key, value in content.items()}
-
-
 def _sampling_params(config: DictConfig) -> SamplingParams:
-    params = SamplingParams(**_plain(config.sampling))
+    params = SamplingParams(**plain_options(config.sampling))
     if params.prompt_logprobs:
         what = "a job writes no alternatives: 0 for the prompt's own tokens, or null"
         raise ParameterError(f"prompt_logprobs={params.prompt_logprobs} is not allowed: {what}")

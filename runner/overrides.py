@@ -10,16 +10,17 @@ _ALWAYS = ("job", "hydra", "data=custom")
 
 def heeds(uses: Collection[str] | None, name: str) -> bool:
     """Whether a job heeds a group or an option; `uses` is the list in its configuration."""
-    if uses is None or name.partition(".")[0] == "job":
+    group, _, rest = name.partition(".")
+    if uses is None or group == "job":
         return True
-    return f"-{name}" not in uses and bool({name, name.partition(".")[0]} & {*uses})
+    option = f"{group}.{rest.partition('.')[0]}"
+    return f"-{option}" not in uses and bool({name, option, group} & {*uses})
 
 
 def refuse_others(job: str, uses: Collection[str], overrides: Iterable[str]) -> None:
     """Raises `ParameterError` for an override that a job takes no notice of."""
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        names = {override, key, key.partition(".")[0]}
-        if not names & {*uses, *_ALWAYS}:
+        if not {override, key.partition(".")[0]} & {*_ALWAYS} and not heeds(uses, key):
             listed = ", ".join(name for name in uses if not name.startswith("-"))
             raise ParameterError(f"{key} means nothing to {job}; it takes {listed} and job")

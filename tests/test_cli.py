@@ -305,6 +305,8 @@ def test_the_help_of_a_job_has_the_options_that_it_heeds_and_others_are_refused(
     line = "sampling.top_k means nothing to mine; it takes engine, sampling.n, output.dir and job"
     assert refused("mine", "sampling.top_k=3", cwd=workplace) == line
     assert refused("mine", "tracker=wandb", cwd=workplace).startswith("tracker means nothing")
+    line = "engine.kv_bits means nothing to mine; it takes"
+    assert refused("mine", "engine.kv_bits=4", cwd=workplace).startswith(line)
     job.write_text(MY_CONF + text + uses)
     shown = runner("mine", "--help", cwd=workplace).stdout.splitlines()
     options = [line.partition("=")[0].strip() for line in shown if re.match(r" {2}\w", line)]

@@ -18,7 +18,16 @@ LEVELS = [
     {"openai"},
     {"llm"},
     {"answerer"},
-    {"certificate", "report", "adapter_watch", "result_rows", "rows", "server", "benchmarking"}
+    {
+        "certificate",
+        "configured",
+        "report",
+        "adapter_watch",
+        "result_rows",
+        "rows",
+        "server",
+        "benchmarking",
+    }
     | {"perplexity"},
     {"job", "documents", "choices"},
     {"scoring_run", "sweeps"},

@@ -27,8 +27,16 @@ _SECONDS_BETWEEN_RESTARTS = 1.0
 _log = logging.getLogger(__name__)
 
 
-class EngineFailure(RunnerError):
+class Failure(RunnerError):
+    """Why a request has no output."""
+
+
+class EngineFailure(Failure):
     """The engine failed under a request that was in flight, or cannot take one now."""
+
+
+class RequestFailure(Failure):
+    """A request that nobody has thought of could not be taken; the engine goes on."""
 
 
 class Ticket:
@@ -41,19 +49,19 @@ class Ticket:
         self.places = {request.request_id: at for at, request in enumerate(requests)}
         """Of the requests, by name."""
         self.loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event | EngineFailure] = asyncio.Queue()
+        self._events: asyncio.Queue[Event | Failure] = asyncio.Queue()
 
     async def events(self) -> AsyncIterator[Event]:
-        """What comes, until every request has its output; raises EngineFailure."""
+        """What comes, until every request has its output; raises `Failure`."""
         num_left = len(self.requests)
         while num_left:
             event = await self._events.get()
-            if isinstance(event, EngineFailure):
+            if isinstance(event, Failure):
                 raise event
             num_left -= isinstance(event, RequestOutput)
             yield event
 
-    def put(self, event: Event | EngineFailure) -> None:
+    def put(self, event: Event | Failure) -> None:
         """Adds an event; on the loop's thread."""
         self._events.put_nowait(event)
 
@@ -75,7 +83,7 @@ class EngineThread:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._by_request: dict[str, Ticket] = {}
         """The tickets of the requests that the engine has; of its thread alone."""
-        self._told: list[tuple[Ticket, Event | EngineFailure]] = []
+        self._told: list[tuple[Ticket, Event | Failure]] = []
         self._open: set[Ticket] = set()
         self._is_stopping = False
         opened: Future[LLM] = Future()
@@ -202,7 +210,7 @@ class EngineThread:
             except Exception as error:  # A request that nobody has thought of fails alone.
                 _log.exception("a request could not be taken")
                 self._drop(ticket)
-                self._tell(ticket, EngineFailure(f"{type(error).__name__}: {error}"))
+                self._tell(ticket, RequestFailure(f"{type(error).__name__}: {error}"))
                 return
             if refused is not None:
                 del self._by_request[request.request_id]
@@ -213,7 +221,7 @@ class EngineThread:
             if self._by_request.pop(request.request_id, None) is not None:
                 self.llm.text_engine.abort(request.request_id)
 
-    def _tell(self, ticket: Ticket, event: Event | EngineFailure) -> None:
+    def _tell(self, ticket: Ticket, event: Event | Failure) -> None:
         self._told.append((ticket, event))
 
     def _deliver(self) -> None:
@@ -247,6 +255,6 @@ class EngineThread:
         self.status = "failed"
 
 
-def _put(told: Sequence[tuple[Ticket, Event | EngineFailure]]) -> None:
+def _put(told: Sequence[tuple[Ticket, Event | Failure]]) -> None:
     for ticket, event in told:
         ticket.put(event)

@@ -16,7 +16,7 @@ from runner.models.token_bytes import TokenBytes
 from runner.openai.errors import ApiError
 from runner.openai.requests import ApiRequest
 from runner.prompts import encode_prompt
-from runner.server.engine_thread import EngineFailure, EngineThread, Ticket
+from runner.server.engine_thread import EngineFailure, EngineThread, RequestFailure, Ticket
 from runner.server.keys import ApiKeys
 from runner.server.limits import Limits
 from runner.server.metrics import Metrics
@@ -103,6 +103,9 @@ class Service:
             is_back = self.engine.status in ("ready", "restarting")
             what = f"The engine failed: {error}." + " It starts over; try again." * is_back
             raise ApiError(what, code="engine_failure", status=503) from error
+        except RequestFailure as error:
+            what = f"The server could not take this request: {error}."
+            raise ApiError(what, code="bug", status=500) from error
 
     async def outputs(self, requests: Sequence[PromptRequest]) -> list[RequestOutput]:
         """What the engine makes of requests, in their order; raises `ApiError`."""

@@ -56,7 +56,7 @@ def test_with_nothing_sampled_the_text_is_the_prompt(place):
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (("rollout", "reward=exact_match"), "rewards read the completion by itself"),
+        (("rollout", "reward=exact_match"), "sampling.echo means nothing to rollout"),
         (("score",), "sampling.echo means nothing to score"),
         (("openai_batch",), "sampling.echo means nothing to openai_batch"),
     ],
@@ -67,3 +67,12 @@ def test_a_job_that_cannot_follow_it_says_so(place, job, message):
     assert not (place / "out").exists()
     line = refused(*GENERATE, "output.dir=out", "sampling.echo=maybe", cwd=place)
     assert "sampling.echo" in line and "maybe" in line
+
+
+def test_a_group_of_options_that_asks_rollout_for_it_is_told_why(place):
+    group = place / "conf" / "sampling" / "echoing.yaml"
+    group.parent.mkdir(parents=True)
+    group.write_text("defaults: [default]\necho: true\n")
+    given = ("model.path=tiny", "data.path=prompts.jsonl", "output.dir=out", "sampling=echoing")
+    line = refused("rollout", "reward=exact_match", *given, cwd=place)
+    assert "rewards read the completion by itself" in line

@@ -1,24 +1,12 @@
 """Chat completions by the `openai` package, and by what other clients send and read."""
 
 import pytest
-from live_server import NAME, live_server
+from live_server import NAME
 
 from runner import SamplingParams
 
 FREE = {"ignore_eos": True}
 HELLO = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def live(tiny_directory):
-    with live_server(tiny_directory) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def client(live):
-    with live.client() as made:
-        yield made
 
 
 def chat(client, messages=None, *, extra=None, **fields):

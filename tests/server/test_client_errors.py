@@ -16,12 +16,6 @@ def live(tiny_directory):
         yield served
 
 
-@pytest.fixture(scope="module")
-def client(live):
-    with live.client() as made:
-        yield made
-
-
 def complete(client, **fields):
     extra = fields.pop("extra", None)
     return client.completions.create(

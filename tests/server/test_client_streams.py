@@ -17,12 +17,6 @@ def live(tmp_path_factory):
         yield served
 
 
-@pytest.fixture(scope="module")
-def client(live):
-    with live.client() as made:
-        yield made
-
-
 def joined(chunks):
     """The choices of a streamed completion, put together as its clients do."""
     found = defaultdict(lambda: {"text": "", "token_ids": [], "logprobs": None})

@@ -1,26 +1,16 @@
 """Completions by the `openai` package, unmodified, and by what other clients send and read."""
 
+import base64
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
-from live_server import NAME, live_server
+from live_server import NAME
 
 from runner import LLM, SamplingParams
 
 EOS = 1
 FREE = {"ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def live(tiny_directory):
-    with live_server(tiny_directory) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
-def client(live):
-    with live.client() as made:
-        yield made
 
 
 def complete(client, prompt="Hello", *, extra=None, **fields):
@@ -191,3 +181,17 @@ def test_models_are_listed_and_told_of_one_by_one(client):
 
 def test_the_llm_of_the_test_is_not_the_one_that_is_served(live, llm):
     assert isinstance(llm, LLM) and llm is not live.llm
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64", None])
+def test_vectors_by_the_package(client, llm, encoding):
+    texts = ["one", "a second text"]
+    fields = {} if encoding is None else {"encoding_format": encoding}
+    answer = client.embeddings.create(model=NAME, input=texts, dimensions=8, **fields)
+    want = llm.embed(texts, dimensions=8, use_tqdm=False)
+    for given, expected in zip(answer.data, want, strict=True):
+        vector = given.embedding
+        if encoding == "base64":
+            vector = np.frombuffer(base64.b64decode(vector), "<f4")
+        np.testing.assert_allclose(vector, expected.vector, atol=1e-5)
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0

@@ -1,28 +1,16 @@
 """`/v1/embeddings`: the vectors of `LLM.embed`, in the batch of everything else."""
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from serving import ask, tiny_engine, tiny_service
+from serving import ask, tiny_service
 
 from runner import LLM
 from runner.server.engine_thread import EngineThread
 from runner.server.service import Service
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_directory: Path) -> Iterator[EngineThread]:
-    with tiny_engine(tiny_directory) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def service(engine: EngineThread) -> Service:
-    return tiny_service(engine)
 
 
 def embed(service: Service, **body: Any) -> Any:

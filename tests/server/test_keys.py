@@ -1,23 +1,16 @@
 """Keys: who has none is told so in OpenAI's shape, and no key is ever shown."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving import ask, complete, log_lines, tiny_engine, tiny_service
+from serving import ask, complete, log_lines, tiny_service
 
 from runner.errors import ParameterError
 from runner.server.engine_thread import EngineThread
 from runner.server.keys import ApiKeys
 
 KEYS = ("sk-first", "sk-second")
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_directory: Path) -> Iterator[EngineThread]:
-    with tiny_engine(tiny_directory) as engine:
-        yield engine
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -3,8 +3,6 @@
 import asyncio
 import math
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +10,7 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import ask, client_of, complete, tiny_engine, tiny_service, with_client
+from serving import ask, client_of, complete, tiny_service, with_client
 
 from runner.openai.errors import ApiError
 from runner.server.app import create_app
@@ -31,12 +29,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_directory: Path) -> Iterator[EngineThread]:
-    with tiny_engine(tiny_directory) as engine:
-        yield engine
 
 
 def limited(engine: EngineThread, clock: Clock, **settings: Any) -> Service:

@@ -1,13 +1,12 @@
 """The OpenAPI document says what the server does: its routes, its bodies, its answers."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute, APIRouter
 from jsonschema import Draft202012Validator
-from serving import ask, complete, tiny_engine, tiny_service
+from serving import ask, complete, tiny_service
 
 from runner.openai.descriptions import DESCRIPTIONS, body_schema
 from runner.openai.fields import (
@@ -26,17 +25,6 @@ from runner.server.service import Service
 ENDPOINTS = [COMPLETIONS.online, CHAT.online, EMBEDDINGS, TOKENIZE, DETOKENIZE]
 MESSAGES = [{"role": "user", "content": "hi"}]
 NEEDED = {"prompt": "hi", "input": "hi", "messages": MESSAGES, "tokens": [5], "": None}
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_directory: Path) -> Iterator[EngineThread]:
-    with tiny_engine(tiny_directory) as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def service(engine: EngineThread) -> Service:
-    return tiny_service(engine)
 
 
 def test_every_route_is_described(service: Service) -> None:

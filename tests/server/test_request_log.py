@@ -5,14 +5,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from serving import ask, client_of, complete, log_lines, tiny_engine, tiny_service
+from serving import ask, client_of, complete, log_lines, tiny_service
 
 from runner.errors import ParameterError
 from runner.server.engine_thread import EngineThread
@@ -22,12 +21,6 @@ from runner.server.request_log import RequestLog
 from runner.server.settings import ServerSettings
 
 SECRET = "the secret question"
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_directory: Path) -> Iterator[EngineThread]:
-    with tiny_engine(tiny_directory) as engine:
-        yield engine
 
 
 @pytest.mark.parametrize("stream", [False, True])

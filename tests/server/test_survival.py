@@ -104,7 +104,8 @@ def test_a_request_that_nobody_has_thought_of_fails_alone(live, client, monkeypa
     for prompt in ("poison", ["fine", "poison", "fine"]):
         with pytest.raises(openai.InternalServerError) as failed:
             client.completions.create(prompt=prompt, **LONG)
-        assert failed.value.status_code == 503 and "poison" in failed.value.message
+        assert failed.value.status_code == 500 and failed.value.code == "bug"
+        assert "could not take this request: KeyError: 'poison'" in failed.value.message
     assert list(running)[-1].choices[0].finish_reason == "length"
     assert live.service.engine.num_restarts == 0 and live.becomes_idle()
 
