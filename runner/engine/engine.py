@@ -245,7 +245,8 @@ class Engine:
                 self._start_prefill(requests)
         if self._flight.prefill is None:
             return
-        self.stats.num_prefill_tokens += self._runner.prefill_chunk(self._flight.prefill)
+        forwarded = (self.speculation or self._runner).prefill_chunk(self._flight.prefill)
+        self.stats.num_prefill_tokens += forwarded
         if self._flight.prefill.num_left == 0:
             prompts = self._runner.finish_prefill(self._flight.prefill)
             self.stats.count_prompts([prompt.request for prompt in prompts])

@@ -1,7 +1,7 @@
 """Whether drafts pay, and how many tokens of them: policy over counters, without arrays."""
 
 from bisect import bisect_left
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2, sqrt
 
@@ -9,7 +9,7 @@ _STALE = 64
 """Steps after which plain decoding is timed again."""
 _FORGOTTEN = 512
 """Steps after which a time that looked bad is not believed any more."""
-_MARGIN = 1.02
+_MARGIN = 1.05
 """How much faster drafts have to look: times are never exact."""
 _MOST_LOSS = 0.01
 """Share of the time that trials may cost; what is sure to gain, one plain step more."""
@@ -112,24 +112,28 @@ class _Times:
         time = self.known.get(self._bucket(num_positions))
         return None if time is None or step - time.step > most_age else time.seconds
 
-    def between(self, other: "_Times", num_positions: int, step: int) -> float:
-        """What the nearest measured times say; beyond the largest, as if it grew by the root.
+    def recent(self, step: int) -> dict[int, float]:
+        """Seconds by positions, of what was measured lately."""
+        times = self.known.values()
+        return {it.num_positions: it.seconds for it in times if step - it.step <= _FORGOTTEN}
 
-        So a size that has not been tried, or not for long, looks somewhat better than it may be,
-        and is tried, the smaller ones first.
-        """
-        known = [*other.known.values(), *self.known.values()]
-        found = {it.num_positions: it.seconds for it in known if step - it.step <= _FORGOTTEN}
-        sizes = sorted(found)
-        place = bisect_left(sizes, num_positions)
-        if place == len(sizes):
-            return found[sizes[-1]] * sqrt(num_positions / sizes[-1])
-        above = sizes[place]
-        if place == 0 or above == num_positions:
-            return found[above]
-        below = sizes[place - 1]
-        share = (num_positions - below) / (above - below)
-        return found[below] * (1 - share) + found[above] * share
+
+def _estimated(known: Mapping[int, float], num_positions: int) -> float:
+    """What the nearest measured times say of a size that was not measured.
+
+    Beyond the largest as if time grew by the root, so that a size looks somewhat better than it may
+    be and is tried, the smaller ones first.
+    """
+    sizes = sorted(known)
+    place = bisect_left(sizes, num_positions)
+    if place == len(sizes):
+        return known[sizes[-1]] * sqrt(num_positions / sizes[-1])
+    above = sizes[place]
+    if place == 0 or above == num_positions:
+        return known[above]
+    below = sizes[place - 1]
+    share = (num_positions - below) / (above - below)
+    return known[below] * (1 - share) + known[above] * share
 
 
 @dataclass(slots=True)
@@ -168,7 +172,7 @@ class Gate:
 
     def clear(self) -> None:
         """Forgets all times, and what drafts gained or lost."""
-        self._plain, self._verify = _Times(), _Times()
+        self._plain, self._verify, self._prefill = _Times(), _Times(), _Times()
         self._step = self._num_live = 0
         self._accounts: dict[int, _Account] = {}
         self._account = _Account()
@@ -248,7 +252,13 @@ class Gate:
         found = self._verify.exact(num_positions, self._step, most_age=_FORGOTTEN)
         if found is not None:
             return found
-        return self._verify.between(self._plain, num_positions, self._step)
+        recent = self._plain.recent(self._step) | self._verify.recent(self._step)
+        # A machine's prefill is not forgotten: a long job may have none for thousands of steps.
+        return _estimated(self._prefill.recent(0) | recent, num_positions)
+
+    def record_prefill(self, num_positions: int, seconds: float) -> None:
+        """Takes the time of a prefill, which says what a verify step of that size may take."""
+        self._prefill.record(num_positions, seconds, step=0)
 
     def record(
         self, num_rows: int, width: int, seconds: float, *, num_tokens: int, looked: bool = True

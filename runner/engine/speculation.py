@@ -7,7 +7,7 @@ from typing import Any
 
 from runner.engine.batch import Batch, InFlight
 from runner.engine.gate import Acceptance, Gate
-from runner.engine.model_runner import ModelRunner
+from runner.engine.model_runner import ModelRunner, Prefill
 from runner.engine.proposers import Draft, InOrder, Proposer
 from runner.engine.rewind import check_rewind
 from runner.engine.sampler import Sampler
@@ -187,6 +187,16 @@ class Speculation:
         self._chances.end(row)
         for proposer in (self._free, *self._costly):
             proposer.end(row)
+
+    def prefill_chunk(self, prefill: Prefill) -> int:
+        """Like the model's own; its time tells the gate what a step with drafts may take."""
+        assert self._runner is not None, "bound when the engine was made"
+        started = time.perf_counter()
+        num_positions = self._runner.prefill_chunk(prefill)
+        if num_positions and self._gate is not None and self._gate.looks:
+            self._runner.settle()
+            self._gate.record_prefill(num_positions, time.perf_counter() - started)
+        return num_positions
 
     def launch(self, batch: Batch) -> Launched:
         """Sends a step on its way, with drafts where they look worth it."""
