@@ -26,7 +26,7 @@ from omegaconf import DictConfig  # noqa: E402
 from tiny_files import save_tiny_model  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from runner import composition, job  # noqa: E402
+from runner import composition, configured  # noqa: E402
 from runner.engine.stats import EngineStats  # noqa: E402
 from runner.jobs.generate import generate  # noqa: E402
 from runner.jobs.merge import merge  # noqa: E402
@@ -76,7 +76,8 @@ class StubLLM:
         """Yields an output for each request, 64 behind."""
         waiting: list[RequestOutput] = []
         for request in requests:
-            assert isinstance(request, PromptRequest) and isinstance(request.encoded, tuple)
+            assert isinstance(request, PromptRequest)
+            assert request.prompt.token_ids or request.encoded, "it is encoded ahead"
             waiting.append(_answer(request))
             self.engine.stats.num_requests += 1
             if len(waiting) == 64:
@@ -141,7 +142,7 @@ def _anonymous_mib() -> float:
 
 def main(place: Path, num_rows: int) -> None:
     """Writes the input, runs the job over a few rows and over all, and prints what it took."""
-    job.LLM = StubLLM  # type: ignore[assignment,misc]
+    configured.LLM = StubLLM  # type: ignore[assignment,misc]
     model = save_tiny_model(place / "tiny")
     with open(place / "rows.jsonl", "w") as file:
         for number in range(num_rows):
