@@ -25,7 +25,7 @@ import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from tiny_files import save_tiny_model  # noqa: E402
 
-from runner import composition, job  # noqa: E402
+from runner import composition, configured  # noqa: E402
 from runner.engine.stats import EngineStats  # noqa: E402
 from runner.jobs.generate import generate  # noqa: E402
 from runner.jobs.merge import merge  # noqa: E402
@@ -139,7 +139,7 @@ def _anonymous_mib() -> float:
 
 def main(place: Path, num_rows: int) -> None:
     """Writes the input, runs the job over a few rows and over all, and prints what it took."""
-    job.LLM = StubLLM  # type: ignore[assignment,misc]
+    configured.LLM = StubLLM  # type: ignore[assignment,misc]
     model = save_tiny_model(place / "tiny")
     with open(place / "rows.jsonl", "w") as file:
         for number in range(num_rows):

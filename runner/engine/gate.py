@@ -18,6 +18,8 @@ _KEPT_GAIN = 0.02
 _NUM_LOOKS = 4
 """Steps without use after which the gate rests, where looking costs something."""
 _MOST_REST = 128
+_NUM_PREFILLS = 3
+"""Prefills of a size that are timed."""
 _PRIOR = 0.6
 """Chance of a drafted token of which nothing is known."""
 _PRIOR_WEIGHT = 2.0
@@ -119,6 +121,11 @@ class _Times:
         new = min(seconds, 2 * time.seconds)  # A step that was held up says little.
         mean = min(time.seconds, new) if time.count == 1 else 0.7 * time.seconds + 0.3 * new
         self.known[bucket] = _Time(num_positions, mean, step, time.count + 1)
+
+    def count(self, num_positions: int) -> int:
+        """How many times of that size were taken."""
+        time = self.known.get(self._bucket(num_positions))
+        return 0 if time is None else time.count
 
     def exact(self, num_positions: int, step: int, *, most_age: int) -> float | None:
         """The seconds that were measured, not longer ago than `most_age` steps."""
@@ -274,6 +281,10 @@ class Gate:
         recent = self._plain.recent(self._step) | self._verify.recent(self._step)
         # A machine's prefill is not forgotten: a long job may have none for thousands of steps.
         return _estimated(self._prefill.recent(0) | recent, num_positions)
+
+    def wants_prefill(self, num_positions: int) -> bool:
+        """Whether the time of a prefill of that size is still to be taken, which costs a wait."""
+        return self._prefill.count(num_positions) < _NUM_PREFILLS
 
     def record_prefill(self, num_positions: int, seconds: float) -> None:
         """Takes the time of a prefill, which says what a verify step of that size may take."""

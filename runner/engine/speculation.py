@@ -192,10 +192,10 @@ class Speculation:
         """Like the model's own; its time tells the gate what a step with drafts may take."""
         assert self._runner is not None, "bound when the engine was made"
         started = time.perf_counter()
-        num_positions = self._runner.prefill_chunk(prefill)
-        if num_positions and self._gate is not None and self._gate.looks:
+        num_positions, gate = self._runner.prefill_chunk(prefill), self._gate
+        if num_positions and gate is not None and gate.looks and gate.wants_prefill(num_positions):
             self._runner.settle()
-            self._gate.record_prefill(num_positions, time.perf_counter() - started)
+            gate.record_prefill(num_positions, time.perf_counter() - started)
         return num_positions
 
     def launch(self, batch: Batch, *, drains: bool = False) -> Launched:

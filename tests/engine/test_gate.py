@@ -307,3 +307,11 @@ def test_a_prefill_tells_what_a_size_takes():
 
     assert tried() == tried((80, 2.0)) == 5
     assert tried((80, 10.0)) == tried((64, 8.0), (80, 10.0)) == 1
+
+
+def test_a_few_prefills_of_a_size_are_timed():
+    gate = Gate()
+    for _ in range(3):
+        assert gate.wants_prefill(600)
+        gate.record_prefill(600, 1.0)
+    assert not gate.wants_prefill(600) and gate.wants_prefill(100)
