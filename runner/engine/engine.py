@@ -263,9 +263,8 @@ class Engine:
             adapter = self.adapters.get(requests[0].adapter)
         except UnknownAdapterError as error:
             left = [(request, self._indices(request)) for request in requests]
-            self._flight.ended += self._new_sequence.failed(
-                left, ErrorInfo(type(error).__name__, str(error))
-            )
+            info = ErrorInfo(type(error).__name__, str(error))
+            self._flight.ended += self._new_sequence.failed(left, info)
             return
         self._flight.prefill = self._runner.start_prefill(requests, adapter)
         self.stats.num_cached_tokens += self._flight.prefill.num_saved
@@ -273,9 +272,8 @@ class Engine:
     def _is_admitted(self, adapter: str | None) -> bool:
         """Whether rows with an adapter may join those in flight."""
         names = {it.name for it in self._flight.adapters}
-        return (
-            adapter is None or adapter in names or len(names) < self._runner.adapters.max_adapters
-        )
+        may_be_more = len(names) < self._runner.adapters.max_adapters
+        return adapter is None or adapter in names or may_be_more
 
     def _free_rows(self, placed: Iterable[Sequence] = ()) -> FreeRows:
         """How many rows could start now, by the columns that the longest of them comes to."""
@@ -322,7 +320,8 @@ class Engine:
         self._compact()
         self._runner.reserve(*self._flight.batch.extent)
         drafting, runner = self.speculation, self._runner
-        launched = batch.launch(runner) if drafting is None else drafting.launch(batch)
+        drains = not len(self._scheduler) and not self._flight.fills
+        launched = drafting.launch(batch, drains=drains) if drafting else batch.launch(runner)
         self.stats.count_step(launched.num_positions)
         return launched
 
@@ -339,7 +338,7 @@ class Engine:
     def _compact(self) -> None:
         """Drops empty slots once they are a quarter of the batch and nothing waits to fill them."""
         batch = self._flight.batch
-        coming = len(self._scheduler) or self._flight.prefill or self._flight.ready
+        coming = len(self._scheduler) or self._flight.fills
         if not coming and len(batch.sequences) <= 3 * len(batch.rows) // 4:
             self._runner.caches.keep_rows(batch.compact())
 

@@ -38,6 +38,11 @@ class Flight:
         return Flight(Batch(vocab_size=vocab_size, num_spare=num_spare), ended=self.ended)
 
     @property
+    def fills(self) -> bool:
+        """Whether prompts are on their way into slots."""
+        return self.prefill is not None or bool(self.ready)
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is under way."""
         waiting = self.prefill or self.ready or self.scored or self.ended

@@ -18,10 +18,14 @@ _KEPT_GAIN = 0.02
 _NUM_LOOKS = 4
 """Steps without use after which the gate rests, where looking costs something."""
 _MOST_REST = 128
+_NUM_PREFILLS = 3
+"""Prefills of a size that are timed."""
 _PRIOR = 0.6
 """Chance of a drafted token of which nothing is known."""
 _PRIOR_WEIGHT = 2.0
 _FADING = 0.97
+_LATEST = 0.1
+"""Weight of the latest look at a row in the share of those that found a draft."""
 _TRUSTED = {"previous": 0.9, "DraftModelProposer": 0.6}
 """Chances that are counted on before anything is known, by what drafts; elsewhere none."""
 
@@ -51,6 +55,7 @@ class Acceptance:
     def __init__(self) -> None:
         self._sources: dict[str, _Score] = {}
         self._rows: dict[Hashable, _Score] = {}
+        self._shares: dict[Hashable, float] = {}
 
     def chance(self, row: Hashable, source: str) -> float:
         """That the next drafted token is accepted, where those before it are."""
@@ -61,6 +66,15 @@ class Acceptance:
         """The chance that can be counted on, by what has been accepted so far."""
         known = self._sources.get(source, _Score()).chance(_TRUSTED.get(source, 0.0))
         return self._rows.get(row, _Score()).chance(known)
+
+    def look(self, row: Hashable, *, has_draft: bool) -> None:
+        """Notes whether a row has a draft."""
+        before = self._shares.get(row, float(has_draft))
+        self._shares[row] = before + _LATEST * (has_draft - before)
+
+    def share(self, row: Hashable) -> float:
+        """Of the steps looked at lately, those for which a row had a draft; 0 to 1."""
+        return self._shares[row]
 
     def record(self, row: Hashable, source: str, *, num_drafted: int, num_accepted: int) -> None:
         """Takes how one draft did; what comes behind a wrong token says nothing."""
@@ -76,6 +90,7 @@ class Acceptance:
     def end(self, row: Hashable) -> None:
         """Forgets a row."""
         self._rows.pop(row, None)
+        self._shares.pop(row, None)
 
 
 @dataclass(slots=True)
@@ -106,6 +121,11 @@ class _Times:
         new = min(seconds, 2 * time.seconds)  # A step that was held up says little.
         mean = min(time.seconds, new) if time.count == 1 else 0.7 * time.seconds + 0.3 * new
         self.known[bucket] = _Time(num_positions, mean, step, time.count + 1)
+
+    def count(self, num_positions: int) -> int:
+        """How many times of that size were taken."""
+        time = self.known.get(self._bucket(num_positions))
+        return 0 if time is None else time.count
 
     def exact(self, num_positions: int, step: int, *, most_age: int) -> float | None:
         """The seconds that were measured, not longer ago than `most_age` steps."""
@@ -196,6 +216,7 @@ class Gate:
         lengths: Sequence[int],
         chances: Sequence[float],
         sure: Sequence[float] | None = None,
+        ends: Sequence[tuple[int, float]] | None = None,
     ) -> int:
         """Positions to forward per row: 1 decodes plainly.
 
@@ -204,10 +225,12 @@ class Gate:
             lengths: tokens drafted for each live row.
             chances: of each row's drafted tokens to be accepted, one after another.
             sure: those chances that can be counted on; the same where none are given.
+            ends: where nothing waits for a row's slot, the tokens that each row has left, and the
+                share of the steps for which it has a draft.
         """
         sure = chances if sure is None else sure
         self._step, self._num_live = self._step + 1, len(lengths)
-        chosen = self._best(num_rows, lengths, chances, sure) if any(lengths) else 1
+        chosen = self._best(num_rows, lengths, chances, sure, ends) if any(lengths) else 1
         self._num_idle = 0 if chosen > 1 else self._num_idle + 1
         if chosen > 1:
             self._next_rest = _NUM_LOOKS
@@ -222,6 +245,7 @@ class Gate:
         lengths: Sequence[int],
         chances: Sequence[float],
         sure: Sequence[float],
+        ends: Sequence[tuple[int, float]] | None,
     ) -> int:
         # Where steps overlap, a plain one is timed while the gate rests.
         most_age = _FORGOTTEN if self._rests else _STALE
@@ -236,7 +260,9 @@ class Gate:
             seconds = self._seconds(num_rows * width)
             speed = sum(map(_expected, counts, chances)) / seconds
             least_gain = sum(map(_expected, counts, sure)) / len(counts) * plain - seconds
-            if speed > least and self._allows(num_rows, least_gain, plain):
+            if speed <= least or not self._allows(num_rows, least_gain, plain):
+                continue
+            if ends is None or _steps_saved(ends, chances, width) * plain > _MARGIN * seconds:
                 best, least = width, speed
         return best
 
@@ -255,6 +281,10 @@ class Gate:
         recent = self._plain.recent(self._step) | self._verify.recent(self._step)
         # A machine's prefill is not forgotten: a long job may have none for thousands of steps.
         return _estimated(self._prefill.recent(0) | recent, num_positions)
+
+    def wants_prefill(self, num_positions: int) -> bool:
+        """Whether the time of a prefill of that size is still to be taken, which costs a wait."""
+        return self._prefill.count(num_positions) < _NUM_PREFILLS
 
     def record_prefill(self, num_positions: int, seconds: float) -> None:
         """Takes the time of a prefill, which says what a verify step of that size may take."""
@@ -277,6 +307,20 @@ class Gate:
             self._verify.record(num_rows * width, seconds, self._step)
         elif looked != self._rests:
             self._plain.record(num_rows, seconds, self._step)
+
+
+def _steps_saved(ends: Sequence[tuple[int, float]], chances: Sequence[float], width: int) -> float:
+    """Plain steps that one of `width` positions stands for, until the last of the rows is done.
+
+    Rows that are done before the last one save nothing where nobody takes their slots, so what
+    counts is not the tokens of a step but those of the row that has most left by its own pace.
+    """
+    paces = [
+        1 + share * (_expected(width - 1, chance) - 1)
+        for (_, share), chance in zip(ends, chances, strict=True)
+    ]
+    last = max(left / pace for (left, _), pace in zip(ends, paces, strict=True))
+    return max(left for left, _ in ends) / last
 
 
 def _expected(num_drafted: int, chance: float) -> float:

@@ -192,14 +192,17 @@ class Speculation:
         """Like the model's own; its time tells the gate what a step with drafts may take."""
         assert self._runner is not None, "bound when the engine was made"
         started = time.perf_counter()
-        num_positions = self._runner.prefill_chunk(prefill)
-        if num_positions and self._gate is not None and self._gate.looks:
+        num_positions, gate = self._runner.prefill_chunk(prefill), self._gate
+        if num_positions and gate is not None and gate.looks and gate.wants_prefill(num_positions):
             self._runner.settle()
-            self._gate.record_prefill(num_positions, time.perf_counter() - started)
+            gate.record_prefill(num_positions, time.perf_counter() - started)
         return num_positions
 
-    def launch(self, batch: Batch) -> Launched:
-        """Sends a step on its way, with drafts where they look worth it."""
+    def launch(self, batch: Batch, *, drains: bool = False) -> Launched:
+        """Sends a step on its way, with drafts where they look worth it.
+
+        Where the batch `drains`, a row that is done makes room for nobody.
+        """
         assert self._runner is not None, "bound when the engine was made"
         looked = self.needs_draws
         if looked:
@@ -211,7 +214,7 @@ class Speculation:
         self._rows = set(batch.sequences)
         self._broken &= self._rows
         inner: InFlight | Verified
-        if looked and (drafts := self._drafts(batch)):
+        if looked and (drafts := self._drafts(batch, drains=drains)):
             inner = verify(self._runner, self._sampler, batch, drafts)
             batch.forget_device()
         else:
@@ -221,7 +224,7 @@ class Speculation:
         seconds = time.perf_counter() - started
         return Launched(self, inner, len(batch.rows), seconds, looked)
 
-    def _drafts(self, batch: Batch) -> dict[Row, Draft]:
+    def _drafts(self, batch: Batch, *, drains: bool) -> dict[Row, Draft]:
         """Drafts for the rows that are worth it; none where plain decoding is faster."""
         rows = [row for row in batch.sequences if row.wants_forward]
         most = self.num_draft_tokens
@@ -229,15 +232,16 @@ class Speculation:
             # A pad stands where a draft of another row is long: positions past the context do not
             # exist for every model.
             most = min(most, self._max_model_len - 1 - max(row.position for row in rows))
-        left = [0 if row in self._broken else row.max_tokens - len(row.token_ids) for row in rows]
+        left = [row.max_tokens - len(row.token_ids) for row in rows]
         counts = [max(0, min(most, count - 1)) for count in left]
+        counts = [0 if row in self._broken else n for row, n in zip(rows, counts, strict=True)]
         drafts = self._asked(self._free, rows, counts)
         lengths = [len(draft) for draft in drafts]
         sources = [draft.source for draft in drafts]
         for proposer in self._costly:
             lengths = [n or count for n, count in zip(lengths, counts, strict=True)]
             sources = [source or _name(proposer) for source in sources]
-        width = self._width(batch, rows, lengths, sources)
+        width = self._width(batch, rows, lengths, sources, left=left if drains else None)
         if width == 1:
             return {}
         for proposer in self._costly:
@@ -257,7 +261,13 @@ class Speculation:
         return [_cut(row, draft, count, size) for row, draft, count in drafts]
 
     def _width(
-        self, batch: Batch, rows: Sequence[Row], lengths: list[int], sources: list[str]
+        self,
+        batch: Batch,
+        rows: Sequence[Row],
+        lengths: list[int],
+        sources: list[str],
+        *,
+        left: Sequence[int] | None,
     ) -> int:
         self._chances.fade()
         if self._gate is None:
@@ -265,7 +275,14 @@ class Speculation:
         pairs = list(zip(rows, sources, strict=True))
         chances = [self._chances.chance(row, source) for row, source in pairs]
         sure = [self._chances.sure(row, source) for row, source in pairs]
-        return self._gate.width(len(batch.rows), lengths, chances, sure)
+        for row, length in zip(rows, lengths, strict=True):
+            self._chances.look(row, has_draft=length > 0)
+        if left is None:
+            return self._gate.width(len(batch.rows), lengths, chances, sure)
+        shares = [self._chances.share(row) for row in rows]
+        return self._gate.width(
+            len(batch.rows), lengths, chances, sure, list(zip(left, shares, strict=True))
+        )
 
     def read(self, step: Launched, *, num_tokens: int) -> None:
         """Takes what a step came to."""

@@ -263,3 +263,55 @@ def test_times_of_long_ago_are_forgotten():
         tried += [step] if width > 1 else []
         gate.record(1, width, 1.0, num_tokens=width)
     assert tried[0] > 500 and len(tried) > 500
+
+
+def chosen_at_the_end(*rows: tuple[int, float], chance: float = 0.9) -> int:
+    """The width where the rows have so much left and so often a draft, and now all have one."""
+    gate = Gate()
+    plain_steps(gate, 1.0, rows=len(rows))
+    num = len(rows)
+    assert gate.width(num, [4] * num, [chance] * num) > 1, "it pays where others take their slots"
+    return gate.width(num, [4] * num, [chance] * num, None, list(rows))
+
+
+def test_at_the_end_the_row_that_is_done_last_decides():
+    assert chosen_at_the_end((100, 1.0), (100, 1.0)) > 1
+    assert chosen_at_the_end((100, 1.0), (100, 0.0)) == 1, "the other one is not done sooner"
+    assert chosen_at_the_end((100, 1.0), (10, 0.0)) > 1, "the other one is done long before"
+    assert chosen_at_the_end((10, 1.0), (100, 0.0)) == 1
+    assert chosen_at_the_end((100, 0.9), (100, 0.8), (90, 0.7)) > 1
+
+
+def test_how_often_a_row_has_a_draft():
+    chances = Acceptance()
+    for step in range(100):
+        chances.look("always", has_draft=True)
+        chances.look("never", has_draft=False)
+        chances.look("half", has_draft=step % 2 == 0)
+    assert chances.share("always") == 1.0 and chances.share("never") == 0.0
+    assert 0.4 < chances.share("half") < 0.6
+    chances.look("new", has_draft=True)
+    assert chances.share("new") == 1.0
+    chances.end("always")
+    chances.look("always", has_draft=False)
+    assert chances.share("always") == 0.0
+
+
+def test_a_prefill_tells_what_a_size_takes():
+    def tried(*prefills: tuple[int, float]) -> int:
+        gate = Gate()
+        for size, seconds in prefills:
+            gate.record_prefill(size, seconds)
+        plain_steps(gate, 1.0, rows=8)
+        return gate.width(8, [4] * 8, [0.8] * 8)
+
+    assert tried() == tried((80, 2.0)) == 5
+    assert tried((80, 10.0)) == tried((64, 8.0), (80, 10.0)) == 1
+
+
+def test_a_few_prefills_of_a_size_are_timed():
+    gate = Gate()
+    for _ in range(3):
+        assert gate.wants_prefill(600)
+        gate.record_prefill(600, 1.0)
+    assert not gate.wants_prefill(600) and gate.wants_prefill(100)

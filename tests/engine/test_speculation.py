@@ -296,6 +296,39 @@ def test_only_a_step_that_may_draft_waits_for_what_came_before_it():
     assert 0 < len(settled) < engine.stats.num_steps and all(settled)
 
 
+def test_the_gate_is_told_what_is_left_where_nobody_waits_for_a_slot():
+    gate, told = Gate(), []
+    width = gate.width
+
+    def heard(num_rows: int, lengths: Any, chances: Any, sure: Any, ends: Any = None) -> int:
+        told.append(None if ends is None else [left for left, _ in ends])
+        assert ends is None or all(0 <= share <= 1 for _, share in ends)
+        return width(num_rows, lengths, chances, sure, ends)
+
+    gate.width = heard  # type: ignore[method-assign]
+    speculation = Speculation([NgramProposer()], gate=gate)
+    engine = make_engine(MODEL, max_batch_size=2, speculation=speculation)
+    rows = [request([5, 6, 7], f"r{i}", max_tokens=10 + i, ignore_eos=True) for i in range(3)]
+    run(engine, rows)
+    assert told[0] is None, "the third row waits"
+    assert told[-1] == [1] and len({*map(str, told)}) > 5
+
+
+def test_a_prefill_is_timed_for_the_gate():
+    gate = Gate()
+    timed, record = [], gate.record_prefill
+
+    def heard(num_positions: int, seconds: float) -> None:
+        timed.append((num_positions, seconds))
+        record(num_positions, seconds)
+
+    gate.record_prefill = heard  # type: ignore[method-assign]
+    engine = make_engine(MODEL, speculation=Speculation([NgramProposer()], gate=gate))
+    run(engine, [request([*range(3, 20)], f"r{i}", max_tokens=2) for i in range(2)])
+    assert sum(size for size, _ in timed) == engine.stats.num_prefill_tokens > 0
+    assert all(seconds > 0 for _, seconds in timed)
+
+
 def test_draws_follow_the_distribution():
     """The third token of 4,000 rows, whose first two were drafted, right or wrong."""
     params = {"max_tokens": 3, "ignore_eos": True, "allowed_token_ids": range(20, 32)}
