@@ -13,7 +13,7 @@ from runner.job import RunContext
 from runner.llm import LLM
 from runner.models.load import Loader
 from runner.pooling import PoolingParams
-from runner.rows import NamedRow
+from runner.rows import NamedRow, encode_rows
 from runner.scoring_run import check_nothing_sampled
 from runner.types import Embedding, ErrorInfo, Pooling, PromptRequest
 
@@ -77,15 +77,15 @@ class _Run:
             yield as_embedding(0, output, self._params), self._rows.pop(output.request_id)
 
     def _requests(self) -> Iterator[PromptRequest]:
-        for row in self._context.rows():
-            if self._context.is_done(row):
-                continue
+        for row in self._context.prepared(encode_rows):
             if row.prompt is None:
                 error = ErrorInfo(type(row.error).__name__, str(row.error))
                 self._context.write_scores(row, [{"error": asdict(error)}])
                 continue
             self._rows[row.row_id] = row
-            yield embedding_request(row.row_id, row.prompt, self._params, adapter=row.adapter)
+            yield embedding_request(
+                row.row_id, row.prompt, self._params, adapter=row.adapter, encoded=row.encoded
+            )
 
 
 def _columns(embedding: Embedding) -> dict[str, Any]:

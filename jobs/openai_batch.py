@@ -25,6 +25,7 @@ from runner.openai.errors import ApiError
 from runner.openai.requests import EMBEDDINGS_URL, KNOWN_URLS, ApiRequest
 from runner.openai.responses import usage
 from runner.pooling import PoolingParams
+from runner.prompt_requests import encoded_requests
 from runner.run_log import public_options
 from runner.types import ErrorInfo, Pooling, PromptRequest, RequestOutput, SamplingParams
 from runner.watch import State, Watch
@@ -126,9 +127,9 @@ class _Run:
         state: State = "stopped"
         with Interrupt() as interrupt:
             try:
-                outputs = self._answerer.llm.run(
-                    self._requests(batch), interrupted=interrupt.is_requested
-                )
+                llm = self._answerer.llm
+                requests = encoded_requests(self._requests(batch), llm.tokenizer)
+                outputs = llm.run(requests, interrupted=interrupt.is_requested)
                 for output in outputs:
                     self._take(output)
                 state = "interrupted" if interrupt.is_requested() else "finished"

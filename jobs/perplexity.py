@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
@@ -9,7 +10,7 @@ from omegaconf import DictConfig
 from runner.data import Dataset
 from runner.data.score_schemas import PERPLEXITY_FIELDS
 from runner.data.summary import Totals
-from runner.documents import Document, Stream, read_document
+from runner.documents import Document, Stream, read_documents
 from runner.errors import ParameterError
 from runner.job import RunContext
 from runner.llm import LLM
@@ -120,19 +121,17 @@ class _Run:
 
     def _groups(self) -> Iterator[list[Document]]:
         """The documents of each stream."""
-        documents = (
-            read_document(
-                row, self._context.llm.tokenizer, is_wanted=not self._context.is_done(row)
-            )
-            for row in self._context.rows()
-        )
-        if self._definition.mode == "concat":
+        is_concat = self._definition.mode == "concat"
+        read = partial(read_documents, is_done=self._context.is_done)
+        # In one stream, what is done is context of what comes after it.
+        documents = self._context.prepared(read, with_done=is_concat)
+        if is_concat:
             of_adapter: dict[str | None, list[Document]] = {}
             for document in documents:
                 of_adapter.setdefault(document.row.adapter, []).append(document)
             yield from of_adapter.values()
         else:
-            yield from ([document] for document in documents if document.is_wanted)
+            yield from ([document] for document in documents)
 
     def _take(self, score: Score) -> None:
         self._write(self._streams[score.index].take(score))

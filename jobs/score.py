@@ -1,6 +1,7 @@
 """Scores of the data's texts, completions or choices: one result row for each."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -54,15 +55,12 @@ def _texts(
     context: RunContext, columns: ScoreColumns, rows: dict[int, ScoredRow]
 ) -> Iterator[ScoredText]:
     """What is to be scored; `rows` gets the rows that are on their way."""
-    for index, named in enumerate(context.rows()):
-        if context.is_done(named):
-            continue
-        row = columns.read(index, named, context.llm.tokenizer)
+    for index, row in enumerate(context.prepared(columns.read)):
         if row.error is not None:
-            context.write_scores(named, row.results())
+            context.write_scores(row.row, row.results())
             continue
         rows[index] = row
-        yield from row.texts
+        yield from (replace(text, index=index) for text in row.texts)
 
 
 def _accuracy(totals: Totals) -> dict[str, Any]:

@@ -1,16 +1,15 @@
 """A row to score -> what is scored in which context -> the columns of its result rows."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from runner.data import Dataset
 from runner.errors import ParameterError, PromptError
-from runner.prompts import encode_prompt
-from runner.rows import NamedRow
-from runner.scores import ScoredText, ScoreInput, Tokens, scored_texts
+from runner.rows import NamedRow, encode_rows
+from runner.scores import EncodedPair, Pair, ScoredText, ScoreInput, Tokens, encode_pairs, pairs_of
 from runner.types import ErrorInfo, Score
 
 NORMALIZATIONS = ("", "_per_token", "_per_byte")
@@ -72,17 +71,27 @@ class ScoreColumns:
             if not fits(kind):
                 raise ParameterError(f"job.{option}={column} has the type {kind}, not {what}")
 
-    def read(self, index: int, row: NamedRow, tokenizer: Any) -> "ScoredRow":
-        """What is to be scored of a row; a row without it gets an error."""
-        try:
-            return self._read(index, row, tokenizer)
-        except PromptError as error:
-            return ScoredRow(row=row, error=ErrorInfo(type(error).__name__, str(error)))
+    def read(self, rows: Sequence[NamedRow], tokenizer: Any) -> list["ScoredRow"]:
+        """What is to be scored of each of some rows; a row without it gets an error."""
+        read = [self._read(row) for row in encode_rows(rows, tokenizer)]
+        encoded = iter(encode_pairs([pair for row in read for pair in row.pairs], tokenizer))
+        for row in read:
+            row.take([next(encoded) for _ in row.pairs])
+        return read
 
-    def _read(self, index: int, row: NamedRow, tokenizer: Any) -> "ScoredRow":
-        if row.prompt is None:
+    def _read(self, row: NamedRow) -> "ScoredRow":
+        try:
+            return self._planned(row)
+        except PromptError as error:
+            return ScoredRow(row=row, error=_info(error))
+
+    def _planned(self, row: NamedRow) -> "ScoredRow":
+        """A row whose prompt is encoded, with the pairs that are to be."""
+        if row.prompt is None or row.encoded is None:
             raise row.error or PromptError("the row has no prompt")
-        text, token_ids = encode_prompt(row.prompt, tokenizer)
+        if isinstance(row.encoded, PromptError):
+            raise row.encoded
+        text, token_ids = row.encoded
         given: ScoreInput = token_ids
         continuations: list[Any] = [text]
         column = self.completion_column or self.choices_column
@@ -90,12 +99,12 @@ class ScoreColumns:
             continuations = _continuations(row.row[column], column, one=self.choices_column is None)
             # As text where it is one: the tokens are then those of both together.
             given = (token_ids if row.prompt.text is None else row.prompt.text, continuations)
-        texts = [
-            replace(text, index=index, adapter=row.adapter)
-            for text in scored_texts([given], tokenizer)
-        ]
-        answer = self._answer(row.row, continuations)
-        return ScoredRow(row=row, texts=texts, continuations=continuations, answer=answer)
+        return ScoredRow(
+            row=row,
+            pairs=pairs_of(0, given),
+            continuations=continuations,
+            answer=self._answer(row.row, continuations),
+        )
 
     def _answer(self, row: Mapping[str, Any], choices: Sequence[Any]) -> int | None:
         if self.answer_column is None:
@@ -122,11 +131,22 @@ class ScoredRow:
     """One input row, what is scored of it, and the scores that are there."""
 
     row: NamedRow
+    pairs: list[Pair] = field(default_factory=list)
+    """What is tokenised to have the texts."""
     texts: list[ScoredText] = field(default_factory=list)
     continuations: list[Any] = field(default_factory=list)
     answer: int | None = None
     error: ErrorInfo | None = None
     scores: dict[int, Score] = field(default_factory=dict)
+
+    def take(self, encoded: Sequence[EncodedPair | PromptError]) -> None:
+        """Makes texts of its pairs; they leave, for they are as large."""
+        self.pairs = []
+        for choice, pair in enumerate(encoded):
+            if isinstance(pair, PromptError):
+                self.texts, self.error = [], _info(pair)
+                return
+            self.texts.append(ScoredText(0, choice, *pair, adapter=self.row.adapter))
 
     @property
     def is_whole(self) -> bool:
@@ -154,6 +174,10 @@ class ScoredRow:
             row[f"is_chosen{suffix}"] = place == best
         if self.answer is not None:
             rows[self.answer][f"is_correct{suffix}"] = self.answer == best
+
+
+def _info(error: PromptError) -> ErrorInfo:
+    return ErrorInfo(type(error).__name__, str(error))
 
 
 def _columns(score: Score, text: Any) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """Documents -> streams of tokens -> windows to score -> each document's own logprobs."""
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import fsum
 from typing import Any
 
-from runner.errors import PromptError
 from runner.perplexity import Definition, Window, windows
-from runner.prompts import encode_text
-from runner.rows import NamedRow
+from runner.rows import NamedRow, encode_rows
 from runner.scores import ScoredText
 from runner.types import ErrorInfo, Score
 
@@ -52,16 +50,20 @@ class Document:
         }
 
 
-def read_document(row: NamedRow, tokenizer: Any, *, is_wanted: bool) -> Document:
-    """Tokenises a row without special tokens; one that has no tokens gets an error."""
-    error: PromptError | None = row.error
-    if row.prompt is not None:
-        try:
-            text, token_ids = encode_text(row.prompt, tokenizer)
-            return Document(row=row, text=text, token_ids=token_ids, is_wanted=is_wanted)
-        except PromptError as failure:
-            error = failure
-    info = ErrorInfo(type(error).__name__, str(error))
+def read_documents(
+    rows: Sequence[NamedRow], tokenizer: Any, *, is_done: Callable[[NamedRow], bool]
+) -> list[Document]:
+    """Tokenises rows without special tokens; one that has no tokens gets an error."""
+    found = encode_rows(rows, tokenizer, special=False)
+    return [_document(row, is_wanted=not is_done(row)) for row in found]
+
+
+def _document(row: NamedRow, *, is_wanted: bool) -> Document:
+    encoded = row.error if row.encoded is None else row.encoded
+    if isinstance(encoded, tuple):
+        text, token_ids = encoded
+        return Document(row=row, text=text, token_ids=token_ids, is_wanted=is_wanted)
+    info = ErrorInfo(type(encoded).__name__, str(encoded))
     return Document(row=row, error=info, is_wanted=is_wanted)
 
 

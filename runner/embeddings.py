@@ -3,17 +3,29 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from runner.errors import ParameterError
+from runner.errors import ParameterError, PromptError
 from runner.pooling import PoolingParams
-from runner.prompt_requests import adapter_names
+from runner.prompt_requests import adapter_names, encoded_requests
 from runner.scores import Tokens
-from runner.types import Embedding, Prompt, PromptRequest, RequestOutput, SamplingParams
+from runner.types import (
+    Embedding,
+    Encoded,
+    Prompt,
+    PromptRequest,
+    RequestOutput,
+    SamplingParams,
+)
 
-Run = Callable[[Iterable[PromptRequest]], Iterator[RequestOutput]]
+Run = Callable[[Iterable[PromptRequest | RequestOutput]], Iterator[RequestOutput]]
 
 
 def embedding_request(
-    request_id: str, prompt: Prompt, params: PoolingParams, *, adapter: str | None = None
+    request_id: str,
+    prompt: Prompt,
+    params: PoolingParams,
+    *,
+    adapter: str | None = None,
+    encoded: Encoded | PromptError | None = None,
 ) -> PromptRequest:
     """What an `LLM` runs to embed a prompt; it samples nothing."""
     return PromptRequest(
@@ -23,6 +35,7 @@ def embedding_request(
         key=request_id,
         adapter=adapter,
         pooling=params.pooling,
+        encoded=encoded,
     )
 
 
@@ -40,6 +53,7 @@ def as_embedding(index: int, output: RequestOutput, params: PoolingParams) -> Em
 
 def embeddings(
     run: Run,
+    tokenizer: Any,
     inputs: Sequence[Tokens],
     params: PoolingParams,
     adapter: str | None | Sequence[str | None],
@@ -54,7 +68,8 @@ def embeddings(
         embedding_request(str(index), _prompt(index, given), params, adapter=name)
         for index, (given, name) in enumerate(zip(listed, names, strict=True))
     ]
-    return (as_embedding(int(it.request_id), it, params) for it in run(requests))
+    outputs = run(encoded_requests(requests, tokenizer))
+    return (as_embedding(int(it.request_id), it, params) for it in outputs)
 
 
 def _prompt(index: int, given: Any) -> Prompt:

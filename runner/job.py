@@ -28,6 +28,7 @@ from runner.interrupt import Interrupt
 from runner.llm import LLM
 from runner.lora_options import LoraOptions
 from runner.models.load import Loader
+from runner.reading import Item, prepared_rows
 from runner.report import print_report, summary
 from runner.result_rows import result_rows
 from runner.rows import (
@@ -37,6 +38,7 @@ from runner.rows import (
     are_done,
     check_ids,
     corpus_digest,
+    encode_rows,
     prompt_builder,
 )
 from runner.run_log import public_options
@@ -164,7 +166,7 @@ class RunContext:
 
     def outputs(self) -> Iterator[tuple[Row, RequestOutput]]:
         """Runs every row that has no result yet; yields each with its input as it finishes."""
-        with closing(read_ahead(self._rows())) as rows:
+        with closing(self.prepared(encode_rows)) as rows:
             for output in self.run(self._requests(rows)):
                 self._watch.output(output)
                 yield self._in_flight.pop(output.request_id), output
@@ -232,6 +234,23 @@ class RunContext:
         with closing(read_ahead(self._rows())) as rows:
             yield from rows
 
+    def prepared(
+        self,
+        prepare: Callable[[list[NamedRow], Any], list[Item]],
+        *,
+        with_done: bool = False,
+    ) -> Generator[Item]:
+        """What `prepare` makes of the rows without a result, or of all, in a thread of its own.
+
+        It gets some rows at a time, and that thread's tokenizer.
+        """
+        return prepared_rows(
+            self._rows(),
+            prepare,
+            self.llm.tokenizer,
+            is_wanted=lambda row: with_done or not self.is_done(row),
+        )
+
     def is_done(self, row: NamedRow) -> bool:
         """Whether a row has its results on disk."""
         return row.row_id in self.writer.done_rows
@@ -279,11 +298,9 @@ class RunContext:
         )
 
     def _requests(self, rows: Iterator[NamedRow]) -> Iterator[PromptRequest | RequestOutput]:
-        """The rows that have no result yet; one without a usable prompt as its own output."""
+        """Requests of rows; one without a usable prompt as its own output."""
         for named in rows:
             row_id = named.row_id
-            if row_id in self.writer.done_rows:
-                continue
             self._in_flight[row_id] = named.row
             if named.prompt is None:
                 info = ErrorInfo(type(named.error).__name__, str(named.error))
@@ -301,6 +318,7 @@ class RunContext:
                     params=self.params,
                     key=named.key,
                     adapter=named.adapter,
+                    encoded=named.encoded,
                 )
 
     def _save(self, name: str, text: str) -> None:

@@ -24,7 +24,7 @@ from runner.models.adapters import adapter_weights
 from runner.models.new_weights import exchange_weights, read_new_weights
 from runner.pooling import PoolingParams
 from runner.progress import Progress, all_of
-from runner.prompt_requests import PromptLike, adapter_names, as_prompt, prompt_requests
+from runner.prompt_requests import PromptLike, adapter_names, encoded_requests, prompt_requests
 from runner.scores import ScoreInput, Tokens, in_order_of_work, scored_texts
 from runner.speculative import SpeculativeOptions
 from runner.text_engine import TextEngine
@@ -128,8 +128,7 @@ class LLM:
             PromptError: a prompt is empty or does not fit the context, or its adapter is unknown.
         """
         listed = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        asked = self._requests([as_prompt(p) for p in listed], sampling_params, adapter)
-        return self._run_in_order(asked, use_tqdm)
+        return self._run_in_order(self._requests(listed, sampling_params, adapter), use_tqdm)
 
     def as_completed(
         self,
@@ -142,7 +141,8 @@ class LLM:
 
         A prompt that cannot be run comes out with `error` set, and the others go on.
         """
-        return self.run(self._requests([as_prompt(p) for p in prompts], sampling_params, adapter))
+        asked = self._requests(prompts, sampling_params, adapter)
+        return self.run(encoded_requests(asked, self.tokenizer))
 
     def chat(
         self,
@@ -254,7 +254,7 @@ class LLM:
         """
         params = PoolingParams(pooling=pooling, normalize=normalize, dimensions=dimensions)
         params.check(self.engine.admission.embedding_size)
-        return embeddings(self.run, inputs, params, adapter)
+        return embeddings(self.run, self.tokenizer, inputs, params, adapter)
 
     def run(
         self,
@@ -351,7 +351,7 @@ class LLM:
     def _run_in_order(self, requests: list[PromptRequest], use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
         with Progress(len(requests), enabled=use_tqdm) as progress:
-            for output in self.run(requests):
+            for output in self.run(encoded_requests(requests, self.tokenizer)):
                 if output.error is not None:
                     raise PromptError(f"prompt {output.request_id}: {output.error.message}")
                 outputs[output.request_id] = output
@@ -360,7 +360,7 @@ class LLM:
 
     def _requests(
         self,
-        prompts: list[Prompt],
+        prompts: Sequence[PromptLike | Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         adapter: str | None | Sequence[str | None],
     ) -> list[PromptRequest]:

@@ -9,8 +9,9 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
+from runner.encoding import Text, encode_texts
 from runner.errors import ParameterError, PromptError
-from runner.types import Message, Prompt
+from runner.types import Encoded, Message, Prompt
 
 _RESERVED_KWARGS = frozenset({"tokenize", "return_dict", "return_tensors"})
 
@@ -180,37 +181,48 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if _is_list(value) else value
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
-    """Returns the text that is tokenised, None for token ids, and the token ids.
+def encode_prompt(prompt: Prompt, tokenizer: Any) -> Encoded:
+    """Returns what `encode_prompts` does of one prompt; raises its `PromptError`."""
+    (encoded,) = encode_prompts([prompt], tokenizer)
+    if isinstance(encoded, PromptError):
+        raise encoded
+    return encoded
 
-    Text gets the special tokens that the tokenizer adds; a chat template writes its own.
-    Raises `PromptError` where the chat template fails or no token comes out.
+
+def encode_prompts(
+    prompts: Sequence[Prompt], tokenizer: Any, *, special: bool = True
+) -> list[Encoded | PromptError]:
+    """Returns for each prompt the text that is tokenised, None for token ids, and the token ids.
+
+    Text gets the special tokens that the tokenizer adds, unless `special` is false; a chat
+    template writes its own. Where the chat template fails, or no token comes out, there is the
+    `PromptError` that says so; the other prompts are what they are without it.
     """
-    text = prompt.text
-    if prompt.token_ids is not None:
-        token_ids = list(prompt.token_ids)
-    elif prompt.messages is not None:
-        text = _templated(prompt, tokenizer)
-        token_ids = list(tokenizer.encode(text, add_special_tokens=False))
-    else:
-        token_ids = list(tokenizer.encode(text))
-    if not token_ids:
-        raise PromptError("the prompt has no tokens")
-    return text, token_ids
+    written = [_written(prompt, tokenizer, special=special) for prompt in prompts]
+    token_ids = iter(encode_texts([it for it in written if isinstance(it, Text)], tokenizer))
+    what = "prompt" if special else "text"
+    found: list[Encoded | PromptError] = []
+    for it in written:
+        encoded = _with_text(it, next(token_ids)) if isinstance(it, Text) else it
+        is_empty = not isinstance(encoded, PromptError) and not encoded[1]
+        found.append(PromptError(f"the {what} has no tokens") if is_empty else encoded)
+    return found
 
 
-def encode_text(prompt: Prompt, tokenizer: Any) -> tuple[str | None, list[int]]:
-    """Like `encode_prompt`, but for text as such: no special tokens are added.
-
-    Raises `PromptError` where no token comes out.
-    """
-    assert prompt.messages is None, "messages are not a text as such"
+def _written(prompt: Prompt, tokenizer: Any, *, special: bool) -> Text | Encoded | PromptError:
+    """The text of a prompt; the token ids of one that has no text."""
     if prompt.token_ids is not None:
         return None, list(prompt.token_ids)
-    token_ids = list(tokenizer.encode(prompt.text, add_special_tokens=False))
-    if not token_ids:
-        raise PromptError("the text has no tokens")
-    return prompt.text, token_ids
+    if prompt.messages is None:
+        return Text(prompt.text or "", special)
+    try:
+        return Text(_templated(prompt, tokenizer), special=False)
+    except PromptError as error:
+        return error
+
+
+def _with_text(text: Text, token_ids: list[int] | PromptError) -> Encoded | PromptError:
+    return token_ids if isinstance(token_ids, PromptError) else (text.text, token_ids)
 
 
 def _templated(prompt: Prompt, tokenizer: Any) -> str:

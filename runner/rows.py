@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 from runner.data import Dataset
 from runner.data.digests import DigestCounts, RowIds, digest
 from runner.errors import DataError, PromptError
-from runner.prompts import PromptBuilder, prompt_digest
-from runner.types import Prompt, SamplingParams
+from runner.prompts import PromptBuilder, encode_prompts, prompt_digest
+from runner.types import Encoded, Prompt, SamplingParams
 
 Row = Mapping[str, Any]
 _SHOWN = 3
@@ -27,6 +27,8 @@ class NamedRow:
     error: PromptError | None = None
     adapter: str | None = None
     """The name of the adapter that it is run with."""
+    encoded: Encoded | PromptError | None = None
+    """What `encode_prompts` gives of the prompt, once that is known."""
 
 
 class RowNamer:
@@ -87,6 +89,15 @@ class RowNamer:
         occurrence = seen.add(content)
         row_id = digest(content + self._params).hex()
         return f"{row_id}-{occurrence}", f"{content.hex()}-{occurrence}"
+
+
+def encode_rows(
+    rows: Sequence[NamedRow], tokenizer: Any, *, special: bool = True
+) -> list[NamedRow]:
+    """Encodes the prompts of rows as `encode_prompts` does; those without one stay as they are."""
+    prompts = [row.prompt for row in rows if row.prompt is not None]
+    encoded = iter(encode_prompts(prompts, tokenizer, special=special))
+    return [row if row.prompt is None else replace(row, encoded=next(encoded)) for row in rows]
 
 
 def check_ids(dataset: Dataset) -> None:

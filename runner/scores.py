@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from runner.errors import ParameterError
+from runner.encoding import Text, encode_texts, in_batches
+from runner.errors import ParameterError, PromptError
 from runner.types import (
     ErrorInfo,
     Prompt,
@@ -91,18 +92,31 @@ class ScoredText:
 def scored_texts(inputs: Sequence[ScoreInput], tokenizer: Any) -> list[ScoredText]:
     """Tokenises what is to be scored, in order, each continuation of a context on its own.
 
-    Raises ParameterError for what is neither text nor token ids nor a pair of them.
+    Raises ParameterError for what is neither text nor token ids nor a pair of them, and
+    PromptError for a text that cannot be encoded.
     """
     texts = []
-    for index, given in enumerate(inputs):
-        if _is_tokens(given):
-            texts.append(ScoredText(index, 0, _encode(given, tokenizer), 0))
-            continue
-        context, choices = _pair(index, given)
-        for choice, continuation in enumerate(choices):
-            whole, num_context = encode_pair(context, continuation, tokenizer)
-            texts.append(ScoredText(index, choice, whole, num_context))
+    placed = (
+        (index, choice, pair)
+        for index, given in enumerate(inputs)
+        for choice, pair in enumerate(pairs_of(index, given))
+    )
+    for batch in in_batches(placed, lambda it: it[2].length):
+        encoded = iter(encode_pairs([pair for _, _, pair in batch], tokenizer))
+        for index, choice, _ in batch:
+            found = next(encoded)
+            if isinstance(found, PromptError):
+                raise found
+            texts.append(ScoredText(index, choice, *found))
     return texts
+
+
+def pairs_of(index: int, given: Any) -> list["Pair"]:
+    """What is scored of an input, the place of which is told where it is no `ScoreInput`."""
+    if _is_tokens(given):
+        return [Pair(None, given)]
+    context, choices = _pair(index, given)
+    return [Pair(context, continuation) for continuation in choices]
 
 
 def _pair(index: int, given: Any) -> tuple[Tokens, Sequence[Tokens]]:
@@ -122,25 +136,63 @@ def _is_tokens(given: Any) -> bool:
     return isinstance(given, Sequence) and all(type(item) is int for item in given)
 
 
-def _encode(given: Any, tokenizer: Any, *, special: bool = True) -> list[int]:
-    if not isinstance(given, str):
-        return list(given)
-    return list(tokenizer.encode(given, add_special_tokens=special))
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A continuation that is scored in a context, or a text by itself."""
+
+    context: Tokens | None
+    continuation: Tokens
+
+    @property
+    def length(self) -> int:
+        """Characters, or token ids: about how much there is to encode."""
+        return len(self.context or ()) + len(self.continuation)
+
+    @property
+    def texts(self) -> tuple[Text | Sequence[int], Text | Sequence[int]]:
+        """What is tokenised: the context by itself, and what follows it or both together."""
+        context, continuation = self.context, self.continuation
+        if isinstance(context, str) and isinstance(continuation, str):
+            return Text(context.rstrip()), Text(context + continuation)
+        return _as_text(() if context is None else context), _as_text(
+            continuation, special=context is None
+        )
+
+    def encoded(self, before: list[int], rest: list[int]) -> "EncodedPair":
+        """The token ids of all, and how many are the context's, from those of its `texts`."""
+        is_one_text = isinstance(self.context, str) and isinstance(self.continuation, str)
+        return (rest if is_one_text else before + rest), len(before)
 
 
-def encode_pair(context: Tokens, continuation: Tokens, tokenizer: Any) -> tuple[list[int], int]:
-    """Returns the token ids of both together, and how many of them are the context's.
+def _as_text(tokens: Tokens, *, special: bool = True) -> Text | Sequence[int]:
+    return Text(tokens, special) if isinstance(tokens, str) else tokens
+
+
+EncodedPair: TypeAlias = tuple[list[int], int]
+"""The token ids of all, and how many of them are the context's."""
+
+
+def encode_pairs(pairs: Sequence[Pair], tokenizer: Any) -> list[EncodedPair | PromptError]:
+    """Returns for each pair the token ids of both together, and how many are the context's.
 
     The rule of EleutherAI's lm-evaluation-harness (`TemplateLM._encode_pair`): spaces at the end of
     the context go to the continuation, the two are tokenised as one text, and the context has as
-    many of the tokens as it has by itself.
+    many of the tokens as it has by itself. Where a text cannot be encoded, there is the error.
     """
-    if not isinstance(context, str) or not isinstance(continuation, str):
-        before = _encode(context, tokenizer)
-        return before + _encode(continuation, tokenizer, special=False), len(before)
-    stripped = context.rstrip()
-    whole = _encode(context + continuation, tokenizer)
-    return whole, len(_encode(stripped, tokenizer))
+    # The continuations of a context share it.
+    texts = list(dict.fromkeys(it for pair in pairs for it in pair.texts if isinstance(it, Text)))
+    known = dict(zip(texts, encode_texts(texts, tokenizer), strict=True))
+    found: list[EncodedPair | PromptError] = []
+    for pair in pairs:
+        parts = [known[it] if isinstance(it, Text) else list(it) for it in pair.texts]
+        before, rest = parts
+        if isinstance(before, PromptError):
+            found.append(before)
+        elif isinstance(rest, PromptError):
+            found.append(rest)
+        else:
+            found.append(pair.encoded(before, rest))
+    return found
 
 
 def in_order_of_work(texts: Sequence[ScoredText]) -> list[ScoredText]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from runner.engine.engine import Engine
-from runner.errors import RowError
+from runner.errors import PromptError, RowError
 from runner.prompts import encode_bad_words, encode_prompt
 from runner.text_stream import SampleStream, TextDelta
 from runner.texts import Texts
@@ -77,9 +77,10 @@ class TextEngine:
             adapter=request.adapter,
         )
         try:
-            output.prompt, output.prompt_token_ids = request.encoded or encode_prompt(
-                request.prompt, self._tokenizer
-            )
+            encoded = request.encoded or encode_prompt(request.prompt, self._tokenizer)
+            if isinstance(encoded, PromptError):
+                raise encoded
+            output.prompt, output.prompt_token_ids = encoded
             self.engine.add(
                 Request(
                     request_id=request.request_id,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from runner.errors import ParameterError
+from runner.errors import ParameterError, PromptError
 from runner.logprobs import Logprob as Logprob
 from runner.logprobs import TextTokens as TextTokens
 from runner.logprobs import TokenLogprobs as TokenLogprobs
@@ -155,6 +155,17 @@ class Prompt:
         given = [value is not None for value in (self.text, self.messages, self.token_ids)]
         assert sum(given) == 1, "a prompt is text, messages or token ids"
 
+    @property
+    def length(self) -> int:
+        """Characters, or token ids: about how much there is to encode."""
+        if self.messages is not None:
+            return sum(len(str(message.get("content") or "")) for message in self.messages)
+        return len(self.token_ids or self.text or "")
+
+
+Encoded: TypeAlias = tuple[str | None, list[int]]
+"""The text that was tokenised, None for token ids, and the token ids."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRequest:
@@ -175,8 +186,8 @@ class PromptRequest:
     """Asks for an embedding of the prompt in place of completions and logprobs."""
     priority: int = 0
     """Lower goes first, where requests are taken in the order of their arrival."""
-    encoded: tuple[str | None, list[int]] | None = None
-    """What `encode_prompt` gives of the prompt, where that is known already."""
+    encoded: Encoded | PromptError | None = None
+    """What `encode_prompts` gives of the prompt, where that is known already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

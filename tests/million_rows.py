@@ -24,6 +24,7 @@ load_blas()
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 from tiny_files import save_tiny_model  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
 
 from runner import composition, configured  # noqa: E402
 from runner.engine.stats import EngineStats  # noqa: E402
@@ -56,9 +57,10 @@ class StubLLM:
             speculation=None,
         )  # fmt: skip
         self.batch_size_choice = None
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.adapters: dict[str, str] = {}
         self.loaded = LoadedModel(
-            model=None, tokenizer=None, name="stub", path=path, dtype="float32",
+            model=None, tokenizer=self.tokenizer, name="stub", path=path, dtype="float32",
             max_model_len=256, blas=blas, device="cpu",
         )  # fmt: skip
 
@@ -75,6 +77,7 @@ class StubLLM:
         waiting: list[RequestOutput] = []
         for request in requests:
             assert isinstance(request, PromptRequest)
+            assert request.prompt.token_ids or request.encoded, "it is encoded ahead"
             waiting.append(_answer(request))
             self.engine.stats.num_requests += 1
             if len(waiting) == 64:

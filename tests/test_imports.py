@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = [
-    {"types", "errors", "config", "adapter_weights", "logprobs"},
+    {"types", "errors", "config", "adapter_weights", "encoding", "logprobs"},
     {"engine", "models", "data", "rewards", "prompts", "scores", "progress", "interrupt", "pooling"}
     | {"device_memory", "run_log", "text_offsets", "trackers"},
     {"batch_size", "earlier_results", "identity", "lora_options", "prompt_requests"}
@@ -29,6 +29,7 @@ LEVELS = [
         "benchmarking",
     }
     | {"perplexity"},
+    {"reading"},
     {"job", "documents", "choices"},
     {"scoring_run", "sweeps"},
     {"jobs"},

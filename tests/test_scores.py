@@ -1,6 +1,7 @@
 """`LLM.score` and prompt_logprobs in text: what is scored, in whose order, in which shape."""
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +11,7 @@ from tiny_files import CONTEXT
 
 from runner import LLM, SamplingParams, Score
 from runner.errors import ParameterError, PromptError
-from runner.scores import encode_pair, in_order_of_work, scored_texts
+from runner.scores import Pair, Tokens, encode_pairs, in_order_of_work, scored_texts
 from runner.types import TokenLogprobs
 
 
@@ -148,6 +149,12 @@ def test_a_number_of_alternatives_out_of_range_is_refused(llm):
     for wrong in (-1, 101):
         with pytest.raises(ParameterError, match=f"top_logprobs={wrong}"):
             llm.score(["a"], top_logprobs=wrong, use_tqdm=False)
+
+
+def encode_pair(context: Tokens, continuation: Tokens, tokenizer: Any) -> Any:
+    """Encoded among others, which are to leave it as it is."""
+    pairs = [Pair(context, "other"), Pair(context, continuation), Pair(None, "alone")]
+    return encode_pairs(pairs, tokenizer)[1]
 
 
 def test_a_pair_is_split_as_the_evaluation_harness_does():

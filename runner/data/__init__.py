@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from runner.data.background import WriteBehind as WriteBehind
+    from runner.data.background import prepare_ahead as prepare_ahead
     from runner.data.background import read_ahead as read_ahead
     from runner.data.readers import Dataset as Dataset
     from runner.data.writers import ResultWriter as ResultWriter
@@ -13,6 +14,7 @@ _PUBLIC = {
     "Dataset": "runner.data.readers",
     "ResultWriter": "runner.data.writers",
     "WriteBehind": "runner.data.background",
+    "prepare_ahead": "runner.data.background",
     "read_ahead": "runner.data.background",
 }
 __all__ = sorted(_PUBLIC)

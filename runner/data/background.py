@@ -3,15 +3,18 @@
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from runner.data.writers import ResultWriter
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 _ITEMS = 32
 """Rows that change threads at once: one at a time, the threads mostly wait for each other."""
 _STOP_SECONDS = 0.05
+_END_SECONDS = 1.0
 
 
 def read_ahead(items: Iterable[Item], *, depth: int = 8) -> Generator[Item]:
@@ -19,40 +22,100 @@ def read_ahead(items: Iterable[Item], *, depth: int = 8) -> Generator[Item]:
 
     What `items` raises is raised here, after what came before it. Closing ends the thread.
     """
-    ready: queue.Queue[tuple[list[Item], BaseException | None]] = queue.Queue(depth)
+    return prepare_ahead(items, lambda chunk: chunk, depth=depth)
+
+
+def prepare_ahead(
+    items: Iterable[Item],
+    prepare: Callable[[list[Item]], list[Result]],
+    *,
+    depth: int = 8,
+    length: Callable[[Item], int] = lambda item: 0,
+    most: int = 1,
+) -> Generator[Result]:
+    """Like `read_ahead`, but yields what `prepare` makes of up to 32 items at a time.
+
+    The thread calls it. It gets fewer items where their `length` adds up to `most` before.
+    """
+    ready: queue.Queue[_Chunk[Result]] = queue.Queue(depth)
     stopped = threading.Event()
-    threading.Thread(target=_read, args=(iter(items), ready, stopped), daemon=True).start()
+    chunks = _chunks(iter(items), prepare, length, most)
+    thread = threading.Thread(target=_read, args=(chunks, ready, stopped), daemon=True)
+    thread.start()
     try:
         while True:
-            chunk, error = ready.get()
-            yield from chunk
-            if error is not None:
-                raise error
-            if not chunk:
+            chunk = ready.get()
+            yield from chunk.items
+            if chunk.error is not None:
+                raise chunk.error
+            if chunk.is_last:
                 return
     finally:
         stopped.set()
+        # The interpreter may not end while a tokenizer is at work; a source that waits may be left.
+        thread.join(_END_SECONDS)
 
 
-def _read(source: Iterator[Item], ready: "queue.Queue[Any]", stopped: threading.Event) -> None:
-    """Puts chunks until one is empty or the source fails; the consumer raises what it raised."""
-    last = False
-    while not last:
-        chunk: list[Item] = []
+@dataclass(slots=True)
+class _Chunk(Generic[Result]):
+    """What changes threads at once; the consumer raises what reading or preparing has raised."""
+
+    items: list[Result]
+    is_last: bool
+    error: BaseException | None
+
+
+def _chunks(
+    source: Iterator[Item],
+    prepare: Callable[[list[Item]], list[Result]],
+    length: Callable[[Item], int],
+    most: int,
+) -> Iterator[_Chunk[Result]]:
+    is_last = False
+    while not is_last:
+        read: list[Item] = []
+        prepared: list[Result] = []
         error: BaseException | None = None
         try:
-            for item in islice(source, _ITEMS):
-                chunk.append(item)
+            _read_some(source, read, length, most)
         except BaseException as failure:
             error = failure
-        last = error is not None or not chunk
-        while not stopped.is_set():
+        is_last = error is not None or not read
+        try:
+            prepared = prepare(read) if read else []
+        # What could not be prepared was read before what could not be read.
+        except BaseException as failure:
+            error, is_last = failure, True
+        yield _Chunk(prepared, is_last, error)
+
+
+def _read_some(
+    source: Iterator[Item], into: list[Item], length: Callable[[Item], int], most: int
+) -> None:
+    total = 0
+    for item in islice(source, _ITEMS):
+        into.append(item)
+        total += length(item)
+        if total >= most:
+            return
+
+
+def _read(
+    chunks: Iterator[_Chunk[Result]],
+    ready: "queue.Queue[_Chunk[Result]]",
+    stopped: threading.Event,
+) -> None:
+    """Puts chunks until the last one, or until nobody wants them."""
+    for chunk in chunks:
+        # Of rows that are all done nothing is left.
+        while not stopped.is_set() and (chunk.items or chunk.is_last):
             try:
-                ready.put((chunk, error), timeout=_STOP_SECONDS)
+                ready.put(chunk, timeout=_STOP_SECONDS)
                 break
             except queue.Full:
                 continue
-        last = last or stopped.is_set()
+        if stopped.is_set():
+            return
 
 
 class WriteBehind:

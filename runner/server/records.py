@@ -60,7 +60,7 @@ class RequestRecord:
         """
         self.model, self.stream = model, stream
         self.prompts = tuple(it.prompt for it in asked)
-        num_tokens = sum(len(it.encoded[1]) for it in asked if it.encoded)
+        num_tokens = sum(len(it.encoded[1]) for it in asked if isinstance(it.encoded, tuple))
         self.allowance.take_prompt(num_tokens)
         self.num_prompt_tokens, self._num_unanswered = num_tokens, len(asked)
 

@@ -15,7 +15,7 @@ from runner.errors import PromptError
 from runner.models.token_bytes import TokenBytes
 from runner.openai.errors import ApiError
 from runner.openai.requests import ApiRequest
-from runner.prompts import encode_prompt
+from runner.prompts import encode_prompts
 from runner.server.engine_thread import EngineFailure, EngineThread, RequestFailure, Ticket
 from runner.server.keys import ApiKeys
 from runner.server.limits import Limits
@@ -74,14 +74,14 @@ class Service:
         self._num_encoding += len(asked)
         try:
             encoded = await self.with_tokenizer(
-                lambda tokenizer: [encode_prompt(it.prompt, tokenizer) for it in asked]
+                lambda tokenizer: encode_prompts([it.prompt for it in asked], tokenizer)
             )
-        except (PromptError, UnicodeError) as error:
-            field = request.endpoint.prompt_field
-            raise ApiError(str(error), code="invalid_value", param=field) from error
         finally:
             self._num_encoding -= len(asked)
-        self._check_lengths(request, [ids for _, ids in encoded])
+        if failed := next((it for it in encoded if isinstance(it, PromptError)), None):
+            field = request.endpoint.prompt_field
+            raise ApiError(str(failed), code="invalid_value", param=field) from failed
+        self._check_lengths(request, [it[1] for it in encoded if not isinstance(it, PromptError)])
         return [replace(it, encoded=pair) for it, pair in zip(asked, encoded, strict=True)]
 
     @asynccontextmanager

@@ -1,5 +1,6 @@
 """Threads that read ahead and write behind lose nothing and pass on what goes wrong."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from runner.data import ResultWriter, WriteBehind, read_ahead
+from runner.data import ResultWriter, WriteBehind, prepare_ahead, read_ahead
 from runner.data.schemas import result_schema
 from runner.errors import DataError, StoppedError
 
@@ -120,3 +121,61 @@ def test_a_failure_that_no_write_met_is_raised_at_the_end(tmp_path: Path) -> Non
     with pytest.raises(pa.ArrowInvalid):
         behind.close(complete=True)
     assert not ResultWriter(dir=tmp_path, schema=SCHEMA, identity={}).complete
+
+
+def doubled(chunk: list[int]) -> list[int]:
+    assert threading.current_thread() is not threading.main_thread()
+    assert len(chunk) <= 32
+    return [2 * number for number in chunk]
+
+
+@pytest.mark.parametrize("end", [0, 1, 32, 33, 1000])
+def test_what_is_prepared_comes_in_order(end: int) -> None:
+    assert list(prepare_ahead(numbers(end, []), doubled)) == list(range(0, 2 * end, 2))
+
+
+def test_a_chunk_of_which_nothing_is_left_is_not_the_end() -> None:
+    items = prepare_ahead(numbers(1000, []), lambda chunk: [n for n in chunk if n > 900])
+    assert list(items) == list(range(901, 1000))
+
+
+def test_long_items_come_in_short_chunks() -> None:
+    sizes: list[int] = []
+
+    def prepare(chunk: list[int]) -> list[int]:
+        sizes.append(len(chunk))
+        return chunk
+
+    given = [1, 1, 8, 20, 3, 3, 3, 3, *[0] * 40]
+    assert list(prepare_ahead(given, prepare, length=lambda it: it, most=10)) == given
+    assert sizes == [3, 1, 4, 32, 8]
+
+
+@pytest.mark.parametrize("place", [0, 40])
+def test_what_preparing_raises_comes_after_what_came_before(place: int) -> None:
+    def prepare(chunk: list[int]) -> list[int]:
+        if place in chunk:
+            raise DataError("a bug")
+        return chunk
+
+    found = []
+    with pytest.raises(DataError, match="a bug"):
+        for item in prepare_ahead(numbers(100, []), prepare):
+            found.append(item)
+    assert found == list(range(32 * (place // 32)))
+
+
+def test_what_came_before_a_failure_is_prepared() -> None:
+    found = []
+    with pytest.raises(DataError, match="row 41"):
+        for item in prepare_ahead(numbers(40, [], DataError("row 41")), doubled):
+            found.append(item)
+    assert found == list(range(0, 80, 2))
+
+
+def test_closing_ends_the_thread_also_where_nothing_is_left_of_what_it_reads() -> None:
+    before = threading.active_count()
+    endless = (0 if number == 0 else -number for number in itertools.count())
+    with closing(prepare_ahead(endless, lambda chunk: [n for n in chunk if n == 0])) as items:
+        assert next(items) == 0
+    assert threading.active_count() == before
