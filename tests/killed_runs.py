@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class DeadlyOs:
 
 def run(config: DictConfig, last_step: int | None) -> None:
     """The job, in a process of its own that ends here."""
-    quiet = os.open(os.devnull, os.O_WRONLY)
+    quiet, loud = os.open(os.devnull, os.O_WRONLY), os.dup(2)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     if last_step is not None:
@@ -56,6 +57,7 @@ def run(config: DictConfig, last_step: int | None) -> None:
     try:
         generate(config)
     except BaseException:
+        os.write(loud, traceback.format_exc().encode())
         os._exit(1)
     os._exit(0)
 
