@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import BinaryIO
 from runner.errors import OutputError
 
 LOCK_FILE = ".lock"
+_GRACE = 2.0
+"""Seconds for which the lock of a process that has ended is waited for: what it was starting when
+it was killed has its open files until it runs."""
 
 
 class DirectoryLock:
@@ -77,25 +81,45 @@ class DirectoryLock:
         self.release()
 
     def _lock(self, file: BinaryIO, kind: int) -> None:
+        """Locks or warns; raises OutputError, at once where the holder is known to run."""
+        deadline = time.monotonic() + _GRACE
+        while (error := self._refusal(file, kind)) is not None:
+            file.seek(0)
+            holder = file.read().decode(errors="replace").strip()
+            if _runs(holder) or time.monotonic() >= deadline:
+                raise OutputError(
+                    f"{self._path.parent}: another process writes there (pid {holder or 'unknown'})"
+                    "; wait for its end or choose another directory"
+                ) from error
+            time.sleep(0.01)
+
+    def _refusal(self, file: BinaryIO, kind: int) -> OSError | None:
+        """Tries to lock; returns the error where another holds it."""
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                warnings.warn(
-                    f"{self._path.parent} cannot be locked ({error.strerror}); "
-                    "let one process at a time write there",
-                    stacklevel=2,
-                )
-                return
-            file.seek(0)
-            holder = file.read().decode(errors="replace").strip() or "unknown"
-            raise OutputError(
-                f"{self._path.parent}: another process writes there (pid {holder}); "
-                "wait for its end or choose another directory"
-            ) from error
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return error
+            warnings.warn(
+                f"{self._path.parent} cannot be locked ({error.strerror}); "
+                "let one process at a time write there",
+                stacklevel=2,
+            )
+        return None
 
     def _is_current(self, file: BinaryIO) -> bool:
         try:
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
         except FileNotFoundError:
             return False
+
+
+def _runs(holder: str) -> bool:
+    """Whether a process has this number, on this machine."""
+    try:
+        os.kill(int(holder), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True

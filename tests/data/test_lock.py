@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,20 @@ lock = DirectoryLock(Path(sys.argv[1]))
 lock.acquire()
 print("held", flush=True)
 time.sleep(60)
+"""
+
+HEIR = """
+import os, signal, sys, time
+from pathlib import Path
+from runner.data.lock import DirectoryLock
+lock = DirectoryLock(Path(sys.argv[1]))
+lock.acquire()
+heir = os.fork()
+if not heir:
+    os.close(1)
+    time.sleep(60)
+print(heir, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -77,6 +92,23 @@ def test_a_dead_process_leaves_no_lock(tmp_path: Path) -> None:
     assert (tmp_path / LOCK_FILE).exists()
     with DirectoryLock(tmp_path):
         pass
+
+
+def test_what_a_killed_process_was_starting_is_waited_for(tmp_path: Path) -> None:
+    """MLX starts compilers; one that its parent had forked when it was killed keeps the lock until
+    it runs."""
+    ended = subprocess.run(
+        [sys.executable, "-c", HEIR, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    heir = int(ended.stdout)
+    with pytest.raises(OutputError, match=r"another process writes there"):
+        DirectoryLock(tmp_path).acquire()
+    assert DirectoryLock(tmp_path).is_held
+    later = threading.Timer(0.2, os.kill, (heir, signal.SIGKILL))
+    later.start()
+    with DirectoryLock(tmp_path):
+        later.join()
 
 
 def test_a_file_that_was_removed_meanwhile_is_no_lock(
