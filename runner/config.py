@@ -75,8 +75,8 @@ class SpeculativeConfig:
     proposers: list[str] = field(default_factory=list)
     """Where drafts come from, in order, of ngram, previous and draft_model; a row takes the first
     that has one. Empty drafts nothing."""
-    num_draft_tokens: int = 8
-    """Tokens drafted for a row at once at most, 1 to 32."""
+    num_draft_tokens: int = 15
+    """Tokens drafted for a row at once at most, 1 to 32; the gate takes 1, 3, 7, 15, 31 or all."""
     gate: bool = True
     """Drafts only where it is measured to be faster than plain decoding; false always drafts."""
     ngram_min: int = 1
@@ -85,7 +85,7 @@ class SpeculativeConfig:
     """Most of them; the longest run that came before counts."""
     ngram_scope: str = "row"
     """Where they are looked up: row (its prompt and completion), group (the other completions of
-    the prompt too), or job (finished rows as well)."""
+    the prompt too), or job (all other rows as well)."""
     # Not `from`, which no Python field can be named; the command line takes that as well.
     previous: str | None = None
     """Results of an earlier run, a directory or a merged file, of whose rows the same rows here are

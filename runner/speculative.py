@@ -28,7 +28,7 @@ class SpeculativeOptions:
     """
 
     proposers: tuple[str, ...] = ()
-    num_draft_tokens: int = 8
+    num_draft_tokens: int = 15
     gate: bool = True
     ngram_min: int = 1
     ngram_max: int = 4

@@ -60,13 +60,13 @@ class RecentTexts:
         self._num_newest = 0
         self._newest, self._older = NgramIndex(least, most), NgramIndex(least, most)
 
-    def add(self, text: TokenIds) -> None:
-        """Takes a text that is whole."""
+    def add(self, text: TokenIds, start: int = 0) -> None:
+        """Takes the tokens of a text from `start` on; those before it are known already."""
         if self._num_newest >= self._num_tokens:
             self._newest, self._older = NgramIndex(*self._sizes), self._newest
             self._num_newest = 0
-        self._newest.add(text)
-        self._num_newest += len(text)
+        self._newest.add(text, start)
+        self._num_newest += len(text) - start
 
     def find(self, text: TokenIds) -> Match | None:
         """Where the last tokens of `text` came last before, the longest run of them."""

@@ -15,7 +15,7 @@ Scope: TypeAlias = Literal["row", "group", "job"]
 """Whose tokens an n-gram is looked up in: the row's own, those of its group, or of its job."""
 
 _JOB_TOKENS = 50_000
-"""Tokens of finished rows that are looked up at least; each takes about a kilobyte."""
+"""Latest tokens of a job that are looked up at least; each takes about a kilobyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class _Text:
     index: NgramIndex
     num_read: int = 0
 
-    def grow(self, token_ids: Sequence[int], *others: NgramIndex) -> None:
+    def grow(self, token_ids: Sequence[int], *others: NgramIndex | RecentTexts) -> None:
         """Takes the completion so far."""
         start = len(self.token_ids)
         self.token_ids += token_ids[self.num_read :]
@@ -113,7 +113,7 @@ class NgramProposer:
     """Looks the last tokens of a row up in what precedes them (prompt lookup decoding).
 
     Apoorv Saxena, "Prompt Lookup Decoding", 2023. Further than the row itself, `scope` takes in
-    the rows of the same request, or the finished rows of the job as well.
+    the rows of the same request, or all rows of the job, those in flight and those before them.
     """
 
     def __init__(self, *, least: int = 2, most: int = 4, scope: Scope = "row") -> None:
@@ -130,7 +130,7 @@ class NgramProposer:
         self._texts: dict[Row, _Text] = {}
         self._groups: dict[str, NgramIndex] = {}
         self._num_rows: Counter[str] = Counter()
-        self._finished = RecentTexts(*self._sizes, num_tokens=_JOB_TOKENS)
+        self._job = RecentTexts(*self._sizes, num_tokens=_JOB_TOKENS)
 
     def bind(self, vocab_size: int) -> None:
         """Nothing to know: every token comes from a row."""
@@ -138,22 +138,27 @@ class NgramProposer:
     def propose(self, rows: Sequence[Row], counts: Sequence[int]) -> list[Draft]:
         """A draft for each row whose last tokens came before."""
         for row in rows:
-            shared = [] if self._scope == "row" else [self._group(row.request)]
-            self._text(row).grow(row.token_ids, *shared)
+            self._grow(row)
         return [self._draft(row, count) for row, count in zip(rows, counts, strict=True)]
 
     def end(self, row: Row) -> None:
-        """Forgets a row, or keeps its text for the rows to come."""
-        text = self._texts.pop(row, None)
-        if text is None:
+        """Forgets a row; what the scope shares of its text stays."""
+        if row not in self._texts:
             return
+        self._grow(row)
+        del self._texts[row]
         request_id = row.request.request_id
         self._num_rows[request_id] -= 1
         if not self._num_rows[request_id]:
             del self._num_rows[request_id], self._groups[request_id]
+
+    def _grow(self, row: Row) -> None:
+        shared: list[NgramIndex | RecentTexts] = []
+        if self._scope != "row":
+            shared.append(self._group(row.request))
         if self._scope == "job":
-            text.grow(row.token_ids)
-            self._finished.add(text.token_ids)
+            shared.append(self._job)
+        self._text(row).grow(row.token_ids, *shared)
 
     def _group(self, request: Request) -> NgramIndex:
         """What the rows of a request share: the n-grams of their prompt at least."""
@@ -177,7 +182,7 @@ class NgramProposer:
             self._group(row.request).find(text.token_ids),
         ]
         if self._scope == "job":
-            matches.append(self._finished.find(text.token_ids))
+            matches.append(self._job.find(text.token_ids))
         match = longest(matches)
         if match is None:
             return Draft()

@@ -131,7 +131,7 @@ class Speculation:
         self,
         proposers: Sequence[Proposer],
         *,
-        num_draft_tokens: int = 8,
+        num_draft_tokens: int = 15,
         gate: Gate | None = None,
     ) -> None:
         """Takes where drafts come from, in order; without a `gate`, all of them are tried."""

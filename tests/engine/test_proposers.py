@@ -54,9 +54,11 @@ def test_the_scope_says_whose_tokens_are_looked_up(scope):
     one.token_ids += [70, 71]
     also.token_ids += [80, 81]
     assert drafted(proposer, one) == ([72] if scope != "row" else [])
-    assert drafted(proposer, also) == []
-    proposer.end(stranger)
     assert drafted(proposer, also) == ([82] if scope == "job" else [])
+    stranger.token_ids += [83, 84]
+    proposer.end(stranger)
+    also.token_ids += [82, 83]
+    assert drafted(proposer, also) == ([84] if scope == "job" else [])
 
 
 def test_a_scope_that_is_not_there_is_refused():
