@@ -94,6 +94,27 @@ def test_near_the_best_width(rows, chance):
     assert simulated(memory_bound, rows, chance, rests=False)[0] > 0.88 * best
 
 
+def test_sizes_that_kernels_are_made_for_are_tried():
+    """One position more than a power of two costs a third more, as with many a kernel."""
+
+    def bumpy(positions: int) -> float:
+        return memory_bound(positions) * (1.0 if positions & (positions - 1) == 0 else 1.35)
+
+    assert simulated(bumpy, 1, 0.95, rests=False)[0] > 4.7
+
+
+def test_one_wide_draft_that_missed_does_not_undo_what_many_gained():
+    gate = Gate()
+    plain_steps(gate, 1.0)
+    for _ in range(40):
+        width = gate.width(1, [15], [0.95])
+        gate.record(1, width, 1.0 + 0.05 * (width - 1), num_tokens=width)
+    for _ in range(5):
+        assert gate.width(1, [15], [0.95]) == 16
+        gate.record(1, 16, 1.75, num_tokens=1)
+    assert gate.width(1, [15], [0.95]) == 16
+
+
 def test_as_the_batch_drains_drafts_begin_to_pay():
     gate, chances, dice = Gate(), Acceptance(), random.Random(1)
 

@@ -59,6 +59,18 @@ def test_of_many_texts_the_latest_are_kept():
     assert recent.find([5, 6]) is None, "not for ever"
 
 
+def test_of_a_text_that_grows_only_what_is_new_counts_towards_what_is_kept():
+    recent, text = RecentTexts(1, 1, num_tokens=10), list(range(100, 108))
+    recent.add([1, 2])
+    for end in range(1, 9):
+        recent.add(text[:end], end - 1)
+    recent.add([3, 4])
+    assert recent.find([1]) is not None, "twelve tokens, of which ten are kept at least"
+    recent.add([5] * 10)
+    recent.add([6] * 10)
+    assert recent.find([1]) is None and recent.find([100]) is None
+
+
 def test_of_two_texts_with_the_same_run_the_latest_says_what_follows():
     recent = RecentTexts(2, 3, num_tokens=4)
     recent.add([1, 2, 3, 10, 11])
