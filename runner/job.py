@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ class RunContext:
         self._certified: dict[str, Any] = {}
         self._names = passthrough_names(self.dataset.columns, fields)
         self._in_flight: dict[str, Row] = {}
+        self._reading = ExitStack()
         self._interrupt = Interrupt()
         self._finished = False
         self._fingerprint = self.dataset.fingerprint
@@ -156,6 +157,7 @@ class RunContext:
         is_done = self._finished and error is None
         state = self._state(is_done=False)
         try:
+            self._reading.close()
             self._behind.close(complete=is_done, input=self._fingerprint if is_done else None)
             state = self._state(is_done=is_done)
         finally:
@@ -166,10 +168,9 @@ class RunContext:
 
     def outputs(self) -> Iterator[tuple[Row, RequestOutput]]:
         """Runs every row that has no result yet; yields each with its input as it finishes."""
-        with closing(self.prepared(encode_rows)) as rows:
-            for output in self.run(self._requests(rows)):
-                self._watch.output(output)
-                yield self._in_flight.pop(output.request_id), output
+        for output in self.run(self._requests(self.prepared(encode_rows))):
+            self._watch.output(output)
+            yield self._in_flight.pop(output.request_id), output
 
     def run(self, requests: Iterable[PromptRequest | RequestOutput]) -> Iterator[RequestOutput]:
         """Runs requests of a job's own making, however many make a row."""
@@ -242,14 +243,15 @@ class RunContext:
     ) -> Generator[Item]:
         """What `prepare` makes of the rows without a result, or of all, in a thread of its own.
 
-        It gets some rows at a time, and that thread's tokenizer.
+        It gets some rows at a time, and that thread's tokenizer. The thread ends with the run.
         """
-        return prepared_rows(
+        rows = prepared_rows(
             self._rows(),
             prepare,
             self.llm.tokenizer,
             is_wanted=lambda row: with_done or not self.is_done(row),
         )
+        return self._reading.enter_context(closing(rows))
 
     def is_done(self, row: NamedRow) -> bool:
         """Whether a row has its results on disk."""

@@ -26,6 +26,7 @@ def summary(
     them were finished in this run, which has taken more from the input by now.
     """
     stats = llm.engine.stats
+    useful = stats.num_completion_tokens or stats.num_scored_tokens or stats.num_embedded_tokens
     return writer.totals.report() | {
         "complete": writer.complete,
         "total_rows": total,
@@ -36,8 +37,7 @@ def summary(
             "scored_tokens": stats.num_scored_tokens,
             "embedded_tokens": stats.num_embedded_tokens,
             "completion_tokens": stats.num_completion_tokens,
-            "tokens_per_second": stats.num_completion_tokens / seconds,
-            "embedded_tokens_per_second": stats.num_embedded_tokens / seconds,
+            "tokens_per_second": useful / seconds,
             "rows_per_hour": num_rows / seconds * 3600,
             "batch_occupancy": stats.occupancy,
             "max_batch_size": llm.engine.max_batch_size,
@@ -150,14 +150,12 @@ def print_report(numbers: dict[str, Any], directory: Path) -> None:
     errors = sum(numbers["errors"].values())
     reasons = ", ".join(f"{count} {name}" for name, count in numbers["finish_reasons"].items())
     is_scored = not reasons
-    useful = run["completion_tokens"]
-    if is_scored:
-        useful = run["scored_tokens"] or run["embedded_tokens"]
+    useful = run["completion_tokens"] or run["scored_tokens"] or run["embedded_tokens"]
     lines = {
         "rows": f"{numbers['rows']} rows, {numbers['samples']} samples, {errors} errors",
         "finished": reasons,
         "tokens": f"{useful} in {run['seconds']:.1f} s: "
-        f"{useful / run['seconds']:.0f} tokens/s, {run['rows_per_hour']:.0f} rows/hour",
+        f"{run['tokens_per_second']:.0f} tokens/s, {run['rows_per_hour']:.0f} rows/hour",
         "model": f"{numbers['model']['name']}, {_types(numbers['model'])}, {numbers['device']}",
         "BLAS": numbers["blas"],
         "memory": f"{run['peak_memory_bytes'] / 2**30:.2f} GiB at most",

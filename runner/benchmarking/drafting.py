@@ -12,7 +12,7 @@ from runner.data.workloads import Workload
 from runner.llm import LLM
 
 _OF_THE_MODEL = ("model", "revision", "dtype", "max_model_len", "speculative")
-_EARLIER: dict[str, Any] = {"proposers": ["previous", "ngram"], "num_draft_tokens": 16}
+_EARLIER: dict[str, Any] = {"proposers": ["previous", "ngram"], "num_draft_tokens": 31}
 
 
 def without_drafts(llm: LLM, options: Mapping[str, Any]) -> LLM:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
@@ -23,13 +23,15 @@ from runner.llm import LLM
 COMPARED = ("mlx_lm", "stock", "batch_invariant", "plain")
 """What `job.compare` may name."""
 
+Kind: TypeAlias = Literal["runner", "mlx_lm", "stock", "batch_invariant", "plain", "adapters"]
+"""The engine, which of `COMPARED`, or the engine with fewer adapters."""
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
     """One of those that take turns."""
 
-    kind: str
-    """`runner`, or which of `COMPARED`."""
+    kind: Kind
     name: str
     """As the table and the picture say it."""
     workload: Workload
@@ -113,7 +115,7 @@ class Peers:
         if self._plain is not None:
             plain = partial(timed, self._plain, run_engine)
             sides.append(Side("plain", "without drafts", workload, plain))
-        runners: list[tuple[str, str, Runner]] = []
+        runners: list[tuple[Kind, str, Runner]] = []
         if "mlx_lm" in self._compare:
             runners += [("mlx_lm", name, run) for name, run in _in_process(workload)]
         for kind, name, run in runners:

@@ -14,6 +14,7 @@ _COLORS = {
     "mlx_lm": "#E69F00",
     "stock": "#999999",
     "batch_invariant": "#56B4E9",
+    "plain": "#CC79A7",
     "adapters": "#009E73",
 }
 _INK = "#333333"

@@ -11,6 +11,7 @@ from in_process import run_job
 
 from runner import encoding, job, text_engine
 from runner.data import background
+from runner.job import RunContext
 from runner.rows import NamedRow
 from runner.types import Prompt
 
@@ -119,3 +120,18 @@ def test_a_document_that_is_done_is_encoded_where_it_is_context(run, encoded):
         assert again.sort("row_id").equals(before.sort("row_id"))
         assert len(encoded) == num_encoded * is_context and num_encoded > 60
         encoded.clear()
+
+
+@pytest.mark.parametrize("name", ["generate", "rollout", "embed"])
+def test_the_thread_ends_with_a_run_that_fails(run, name, monkeypatch):
+    def fail(*given: Any, **named: Any) -> None:
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(background, "_ITEMS", 1)
+    monkeypatch.setattr(RunContext, "write", fail)
+    monkeypatch.setattr(RunContext, "write_scores", fail)
+    before = set(threading.enumerate())
+    # What is caught holds the frames of the run, and so what they read from.
+    with pytest.raises(RuntimeError, match="no more"):
+        run(name, "data.prompt_column=text", "engine.max_batch_size=2")
+    assert set(threading.enumerate()) <= before

@@ -169,6 +169,8 @@ def test_the_speed_is_of_rows_and_not_of_choices(place):
     assert run(place, *OPTIONS).height == 8
     found = json.loads((place / "out" / "summary.json").read_text())["run"]
     assert found["rows_per_hour"] == pytest.approx(len(ROWS) / found["seconds"] * 3600)
+    assert found["tokens_per_second"] == pytest.approx(found["scored_tokens"] / found["seconds"])
+    assert found["scored_tokens"] > 0
 
 
 def test_as_a_user_runs_it_and_again(place):
