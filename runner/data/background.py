@@ -11,6 +11,7 @@ from runner.data.writers import ResultWriter
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+READING_THREAD = "read ahead"
 _ITEMS = 32
 """Rows that change threads at once: one at a time, the threads mostly wait for each other."""
 _STOP_SECONDS = 0.05
@@ -40,7 +41,9 @@ def prepare_ahead(
     ready: queue.Queue[_Chunk[Result]] = queue.Queue(depth)
     stopped = threading.Event()
     chunks = _chunks(iter(items), prepare, length, most)
-    thread = threading.Thread(target=_read, args=(chunks, ready, stopped), daemon=True)
+    thread = threading.Thread(
+        target=_read, args=(chunks, ready, stopped), name=READING_THREAD, daemon=True
+    )
     thread.start()
     try:
         while True:
