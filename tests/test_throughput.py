@@ -8,12 +8,12 @@ import sys
 import pytest
 from command_line import ROOT
 
-ROWS = 50_000
+ROWS = 120_000
 
 
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """What `million_rows.py` measures for a twentieth of a million."""
+    """What `million_rows.py` measures for an eighth of a million."""
     place = tmp_path_factory.mktemp("rows")
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "million_rows.py"), str(place), str(ROWS)],
@@ -29,8 +29,9 @@ def test_it_keeps_up_with_any_model(numbers):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_rows(numbers):
-    # Digests in Python objects take 100 bytes a row and more, which would be 4 MiB here.
-    assert numbers["mib_of_all"] < numbers["mib_of_few"] + 3
+    # Digests in Python objects take 100 bytes a row and more, which would be 10 MiB here; what an
+    # allocator keeps differs by 4 between two runs.
+    assert numbers["mib_of_all"] < numbers["mib_of_few"] + 7
     assert numbers["mib_of_finding_all_done"] < numbers["mib_of_few"]
     assert numbers["mib_of_finding_all_done_in_a_touched_input"] < numbers["mib_of_few"]
     assert numbers["mib_of_merging"] < numbers["mib_of_few"] + 20
