@@ -152,6 +152,7 @@ class RunContext:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         # A second interrupt leaves at once: what is committed is whole, the rest is made again.
         if kind is KeyboardInterrupt:
+            self._reading.close()
             self._watch.close("interrupted")
             return
         is_done = self._finished and error is None

@@ -122,15 +122,16 @@ def test_a_document_that_is_done_is_encoded_where_it_is_context(run, encoded):
         encoded.clear()
 
 
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("name", ["generate", "rollout", "embed"])
-def test_the_thread_ends_with_a_run_that_fails(run, name, monkeypatch):
+def test_the_thread_ends_with_a_run_that_fails(run, name, failure, monkeypatch):
     def fail(*given: Any, **named: Any) -> None:
-        raise RuntimeError("no more")
+        raise failure("no more")
 
     monkeypatch.setattr(background, "_ITEMS", 1)
     monkeypatch.setattr(RunContext, "write", fail)
     monkeypatch.setattr(RunContext, "write_scores", fail)
     # What is caught holds the frames of the run, and so what they read from.
-    with pytest.raises(RuntimeError, match="no more"):
+    with pytest.raises(failure, match="no more"):
         run(name, "data.prompt_column=text", "engine.max_batch_size=2")
     assert background.READING_THREAD not in [thread.name for thread in threading.enumerate()]
