@@ -110,11 +110,13 @@ class Peers:
         llm, sides = self._llm, []
         ours = with_earlier(llm, self._options, workload) if workload.name == "previous" else llm
         sides.append(Side("runner", "runner", workload, partial(timed, ours, run_engine)))
-        if workload.num_adapters:
-            return sides + self._fewer_adapters(workload)
+        load_adapters(llm, workload.num_adapters)
         if self._plain is not None:
+            load_adapters(self._plain, workload.num_adapters)
             plain = partial(timed, self._plain, run_engine)
             sides.append(Side("plain", "without drafts", workload, plain))
+        if workload.num_adapters:
+            return sides + self._fewer_adapters(workload)
         runners: list[tuple[Kind, str, Runner]] = []
         if "mlx_lm" in self._compare:
             runners += [("mlx_lm", name, run) for name, run in _in_process(workload)]
@@ -130,7 +132,6 @@ class Peers:
 
     def _fewer_adapters(self, workload: Workload) -> list[Side]:
         """The same rows with one adapter for all, and with none: nobody else mixes them."""
-        load_adapters(self._llm, workload.num_adapters)
         one, none = (replace(workload, num_adapters=count) for count in (1, 0))
         run = partial(timed, self._llm, run_engine)
         return [

@@ -33,21 +33,16 @@ class NgramIndex:
         """Runs of `least` to `most` tokens."""
         assert 1 <= least <= most
         self.least, self.most = least, most
-        self._places: dict[tuple[int, ...], tuple[TokenIds, int]] = {}
+        self.places: dict[tuple[int, ...], tuple[TokenIds, int]] = {}
+        """The text in which a run came last, and where it went on."""
 
     def add(self, text: TokenIds, start: int = 0) -> None:
         """Takes the tokens of a text from `start` on; those before it are known already."""
-        for end in range(max(start, self.least), len(text)):
-            for size in range(self.least, min(self.most, end) + 1):
-                self._places[tuple(text[end - size : end])] = (text, end)
+        add_to([self], text, start)
 
     def find(self, text: TokenIds) -> Match | None:
         """Where the last tokens of `text` came last before, the longest run of them."""
-        for size in range(min(self.most, len(text)), self.least - 1, -1):
-            place = self._places.get(tuple(text[len(text) - size :]))
-            if place is not None:
-                return Match(size, *place)
-        return None
+        return find_in([self], text)
 
 
 class RecentTexts:
@@ -60,20 +55,36 @@ class RecentTexts:
         self._num_newest = 0
         self._newest, self._older = NgramIndex(least, most), NgramIndex(least, most)
 
-    def add(self, text: TokenIds, start: int = 0) -> None:
-        """Takes the tokens of a text from `start` on; those before it are known already."""
+    @property
+    def indices(self) -> list[NgramIndex]:
+        """Those to look runs up in, the latest first."""
+        return [self._newest, self._older]
+
+    def taking(self, num_tokens: int) -> NgramIndex:
+        """The index that so many tokens more are to be added to."""
         if self._num_newest >= self._num_tokens:
             self._newest, self._older = NgramIndex(*self._sizes), self._newest
             self._num_newest = 0
-        self._newest.add(text, start)
-        self._num_newest += len(text) - start
-
-    def find(self, text: TokenIds) -> Match | None:
-        """Where the last tokens of `text` came last before, the longest run of them."""
-        return longest([self._newest.find(text), self._older.find(text)])
+        self._num_newest += num_tokens
+        return self._newest
 
 
-def longest(matches: Sequence[Match | None]) -> Match | None:
-    """The match of most tokens; the first of equals."""
-    found = [match for match in matches if match is not None]
-    return max(found, key=lambda match: match.size, default=None)
+def add_to(indices: Sequence[NgramIndex], text: TokenIds, start: int = 0) -> None:
+    """Like `NgramIndex.add`, to several of the same sizes, which share what they keep of a run."""
+    least, most = indices[0].least, indices[0].most
+    for end in range(max(start, least), len(text)):
+        place = (text, end)
+        for size in range(least, min(most, end) + 1):
+            run = tuple(text[end - size : end])
+            for index in indices:
+                index.places[run] = place
+
+
+def find_in(indices: Sequence[NgramIndex], text: TokenIds) -> Match | None:
+    """Like `NgramIndex.find`, in several of the same sizes; of equals, that of the first."""
+    for size in range(min(indices[0].most, len(text)), indices[0].least - 1, -1):
+        run = tuple(text[len(text) - size :])
+        for index in indices:
+            if (place := index.places.get(run)) is not None:
+                return Match(size, *place)
+    return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, get_args
 
 from runner.engine.model_runner import ModelRunner
-from runner.engine.ngrams import Match, NgramIndex, RecentTexts, longest
+from runner.engine.ngrams import NgramIndex, RecentTexts, add_to, find_in
 from runner.engine.sequence import Sequence as Row
 from runner.errors import ParameterError
 from runner.types import Request
@@ -15,7 +15,7 @@ Scope: TypeAlias = Literal["row", "group", "job"]
 """Whose tokens an n-gram is looked up in: the row's own, those of its group, or of its job."""
 
 _JOB_TOKENS = 50_000
-"""Latest tokens of a job that are looked up at least; each takes about a kilobyte."""
+"""Latest tokens of a job that are looked up at least; each takes about half a kilobyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +100,12 @@ class _Text:
     index: NgramIndex
     num_read: int = 0
 
-    def grow(self, token_ids: Sequence[int], *others: NgramIndex | RecentTexts) -> None:
+    def grow(self, token_ids: Sequence[int], others: Sequence[NgramIndex]) -> None:
         """Takes the completion so far."""
         start = len(self.token_ids)
         self.token_ids += token_ids[self.num_read :]
         self.num_read = len(token_ids)
-        for index in (self.index, *others):
-            index.add(self.token_ids, start)
+        add_to([self.index, *others], self.token_ids, start)
 
 
 class NgramProposer:
@@ -153,12 +152,13 @@ class NgramProposer:
             del self._num_rows[request_id], self._groups[request_id]
 
     def _grow(self, row: Row) -> None:
-        shared: list[NgramIndex | RecentTexts] = []
+        text = self._text(row)
+        shared: list[NgramIndex] = []
         if self._scope != "row":
             shared.append(self._group(row.request))
         if self._scope == "job":
-            shared.append(self._job)
-        self._text(row).grow(row.token_ids, *shared)
+            shared.append(self._job.taking(len(row.token_ids) - text.num_read))
+        text.grow(row.token_ids, shared)
 
     def _group(self, request: Request) -> NgramIndex:
         """What the rows of a request share: the n-grams of their prompt at least."""
@@ -177,13 +177,10 @@ class NgramProposer:
 
     def _draft(self, row: Row, count: int) -> Draft:
         text = self._texts[row]
-        matches: list[Match | None] = [
-            text.index.find(text.token_ids),
-            self._group(row.request).find(text.token_ids),
-        ]
+        indices = [text.index, self._group(row.request)]
         if self._scope == "job":
-            matches.append(self._job.find(text.token_ids))
-        match = longest(matches)
+            indices += self._job.indices
+        match = find_in(indices, text.token_ids)
         if match is None:
             return Draft()
         is_own = match.text is text.token_ids

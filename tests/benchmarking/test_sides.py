@@ -246,16 +246,19 @@ def test_prompts_one_by_one_are_never_in_one_batch(llm):
     assert llm.engine.stats.num_row_steps - before == 10, "a row a step"
 
 
-def test_rows_use_adapters_in_turn_beside_one_and_none(tiny_directory):
-    llm = LLM(tiny_directory, max_batch_size=4)
+@pytest.mark.parametrize("compared", ["mlx_lm", "plain"])
+def test_rows_use_adapters_in_turn_beside_one_and_none(tiny_directory, compared):
+    llm = LLM(tiny_directory, max_batch_size=4, speculative="auto")
     workload = Workload(
         "adapters", [[5, 6, 7], [8, 9, 10], [4, 4]], 1, [6] * 3, 0.0, num_adapters=2
     )
     options = {"model": str(tiny_directory)}
-    with Peers(llm, ["mlx_lm"], options=options, stock_rows=1) as peers_of:
-        sides = peers_of.sides(workload)
-        assert [side.name for side in sides] == ["runner", "one adapter", "no adapter"]
-        for side, names in zip(sides, ([0, 1, 0], [0, 0, 0], None), strict=True):
+    with Peers(llm, [compared], options=options, stock_rows=1) as peers_of:
+        ours, *others = peers_of.sides(workload)
+        plain = ["without drafts"] if compared == "plain" else []
+        assert [side.name for side in others] == [*plain, "one adapter", "no adapter"]
+        mixed = [[0, 1, 0]] * (1 + len(plain))
+        for side, names in zip([ours, *others], (*mixed, [0, 0, 0], None), strict=True):
             wanted = [None] * 3 if names is None else [f"benchmark-{it}" for it in names]
             assert [it.adapter for it in requests(side.workload)] == wanted
             assert side.run(side.workload).num_tokens == 18

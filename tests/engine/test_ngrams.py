@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runner.engine.ngrams import NgramIndex, RecentTexts
+from runner.engine.ngrams import Match, NgramIndex, RecentTexts, add_to, find_in
 
 texts = st.lists(st.integers(0, 3), max_size=30)
 
@@ -41,6 +41,18 @@ def test_a_text_that_grows_is_known_as_if_it_came_whole(text, cuts, tail):
     assert (one and (one.size, one.end)) == (other and (other.size, other.end))
 
 
+@given(one=texts, other=texts, shared=texts, tail=texts)
+def test_of_several_indices_the_longest_run_counts_and_then_the_first(one, other, shared, tail):
+    indices = [NgramIndex(1, 3), NgramIndex(1, 3)]
+    for index, text in zip(indices, (one, other), strict=True):
+        index.add(text)
+    add_to(indices, shared)
+    found = find_in(indices, tail)
+    each = [match for index in indices if (match := index.find(tail)) is not None]
+    expected = max(each, key=lambda match: match.size, default=None)  # The first of equals.
+    assert found == expected
+
+
 def test_a_text_that_repeats_itself_goes_round():
     text = [9, 1, 2, 3, 1, 2]
     index = NgramIndex(2, 2)
@@ -49,37 +61,45 @@ def test_a_text_that_repeats_itself_goes_round():
     assert found is not None and found.repeated(8) == [3, 1, 2, 3, 1, 2, 3, 1]
 
 
+def _add(recent: RecentTexts, text: list[int], start: int = 0) -> None:
+    recent.taking(len(text) - start).add(text, start)
+
+
+def _find(recent: RecentTexts, tail: list[int]) -> Match | None:
+    return find_in(recent.indices, tail)
+
+
 def test_of_many_texts_the_latest_are_kept():
     recent = RecentTexts(2, 2, num_tokens=10)
     for number in range(0, 100, 5):
-        recent.add(list(range(number, number + 5)))
-    found = recent.find([95, 96])
+        _add(recent, list(range(number, number + 5)))
+    found = _find(recent, [95, 96])
     assert found is not None and found.continuation(9) == [97, 98, 99]
-    assert recent.find([86, 87]) is not None, "ten tokens are kept"
-    assert recent.find([5, 6]) is None, "not for ever"
+    assert _find(recent, [86, 87]) is not None, "ten tokens are kept"
+    assert _find(recent, [5, 6]) is None, "not for ever"
 
 
 def test_of_a_text_that_grows_only_what_is_new_counts_towards_what_is_kept():
     recent, text = RecentTexts(1, 1, num_tokens=10), list(range(100, 108))
-    recent.add([1, 2])
+    _add(recent, [1, 2])
     for end in range(1, 9):
-        recent.add(text[:end], end - 1)
-    recent.add([3, 4])
-    assert recent.find([1]) is not None, "twelve tokens, of which ten are kept at least"
-    recent.add([5] * 10)
-    recent.add([6] * 10)
-    assert recent.find([1]) is None and recent.find([100]) is None
+        _add(recent, text[:end], end - 1)
+    _add(recent, [3, 4])
+    assert _find(recent, [1]) is not None, "twelve tokens, of which ten are kept at least"
+    _add(recent, [5] * 10)
+    _add(recent, [6] * 10)
+    assert _find(recent, [1]) is None and _find(recent, [100]) is None
 
 
 def test_of_two_texts_with_the_same_run_the_latest_says_what_follows():
     recent = RecentTexts(2, 3, num_tokens=4)
-    recent.add([1, 2, 3, 10, 11])
-    recent.add([1, 2, 3, 20])
-    found = recent.find([9, 1, 2, 3])
+    _add(recent, [1, 2, 3, 10, 11])
+    _add(recent, [1, 2, 3, 20])
+    found = _find(recent, [9, 1, 2, 3])
     assert found is not None and (found.size, found.continuation(2)) == (3, [20])
     # Of runs that differ in length the longer one counts, however old.
-    recent.add([2, 3, 30, 31])
-    longer, shorter = recent.find([1, 2, 3]), recent.find([8, 2, 3])
+    _add(recent, [2, 3, 30, 31])
+    longer, shorter = _find(recent, [1, 2, 3]), _find(recent, [8, 2, 3])
     assert longer is not None and longer.size == 3
     assert shorter is not None and shorter.continuation(1) == [30]
 
