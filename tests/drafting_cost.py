@@ -1,4 +1,4 @@
-"""Times an engine with drafts and two without in lock step, a step of each in turn.
+"""Times an engine with drafts and two without in lock step, a few steps of each in turn.
 
 `python drafting_cost.py MODEL ROUNDS WORKLOAD...` prints, as a line of JSON for each workload, how
 much faster than the first the second one without drafts is, which is noise, and the one with
@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 from runner.llm import LLM  # First: it loads the BLAS, then mlx.
 
@@ -21,6 +22,10 @@ import mlx.core as mx
 from runner.benchmarking.adapting import load_adapters
 from runner.benchmarking.engine_side import requests, run_engine, timed
 from runner.data.workloads import WORKLOADS, Workload
+
+STEPS = 16
+"""Steps of a turn. Without drafts a step is launched while the one before it runs, which the last
+one of a turn cannot gain from."""
 
 
 class Timed:
@@ -35,14 +40,14 @@ class Timed:
             self._engine.speculation.clear()
         self._steps = self._run(workload)
 
-    def step(self) -> bool:
-        """Does one step; False where there was none left."""
+    def take_turn(self) -> bool:
+        """Does `STEPS` steps; False where there are none left."""
         started = time.perf_counter()
-        is_done = next(self._steps, None) is None
+        num_done = sum(1 for _ in islice(self._steps, STEPS))
         # A step that goes on meanwhile would be timed as another engine's.
         mx.synchronize()
         self.seconds += time.perf_counter() - started
-        return not is_done
+        return num_done == STEPS
 
     def _run(self, workload: Workload) -> Iterator[int]:
         waiting, engine = list(requests(workload))[::-1], self._engine
@@ -55,11 +60,11 @@ class Timed:
 
 
 def once(engines: dict[str, LLM], workload: Workload, turn: int) -> dict[str, float]:
-    """The seconds of each engine; in every round and step another one begins."""
+    """The seconds of each engine; in every round and turn another one begins."""
     runs = {name: Timed(llm, workload) for name, llm in engines.items()}
     live = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
     while live:
-        live = [name for name in live if runs[name].step()]
+        live = [name for name in live if runs[name].take_turn()]
         live = live[1:] + live[:1]
     assert {run.num_tokens for run in runs.values()} == {workload.num_tokens}
     return {name: run.seconds for name, run in runs.items()}
