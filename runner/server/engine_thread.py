@@ -152,6 +152,7 @@ class EngineThread:
             self.llm = open_llm()
             self._look_for_the_head()
         except BaseException as error:
+            _let_go()
             opened.set_exception(error)
             return
         opened.set_result(self.llm)
@@ -170,15 +171,9 @@ class EngineThread:
         for ticket in self._open.copy():
             self._tell(ticket, EngineFailure(f"the engine has {self.status}"))
         self._deliver()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        """Waits for the last forward: one that runs while the interpreter ends may abort it."""
-        import mlx.core as mx  # Not before runner.llm, which brings the BLAS.
-
         with suppress(BaseException):
             self.llm.text_engine.abort_all()
-            mx.synchronize()
+        _let_go()
 
     def _look_for_the_head(self) -> None:
         """Finds what embeddings are read from, which takes a forward, before anyone asks."""
@@ -258,3 +253,18 @@ class EngineThread:
 def _put(told: Sequence[tuple[Ticket, Event | Failure]]) -> None:
     for ticket, event in told:
         ticket.put(event)
+
+
+def _let_go() -> None:
+    """Leaves nothing of MLX to do, or to destroy, to a process that may be ending.
+
+    A thread that has called a compiled function destroys its cache after it has been joined,
+    and takes the interpreter for that; one that ends meanwhile aborts. MLX asks for
+    `clear_streams` at the end of each thread
+    (https://github.com/ml-explore/mlx/pull/4373).
+    """
+    import mlx.core as mx  # Not before runner.llm, which brings the BLAS.
+
+    with suppress(BaseException):
+        mx.synchronize()
+        mx.clear_streams()

@@ -7,11 +7,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import mlx.core as mx
 import openai
 import pytest
 from live_server import NAME, live_server, wait_until
 from tiny_adapters import ATTENTION, MLP, save_mlx, with_lora_layers
 from tiny_files import save_tiny_model
+
+from runner import LLM
+from runner.errors import ParameterError
+from runner.server.engine_thread import EngineThread
 
 LONG = {"model": NAME, "max_tokens": 200, "extra_body": {"ignore_eos": True}, "seed": 1}
 
@@ -331,3 +336,20 @@ def test_without_a_root_no_adapter_is_read(live, adapters):
     assert answer.status_code == 403 and "server.adapter_root" in answer.text
     told = live.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "y", "z": 1})
     assert json.loads(told.text)["error"]["code"] in ("unknown_parameter", "forbidden")
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_the_engines_thread_leaves_mlx_nothing_to_destroy(tiny_directory, opens, monkeypatch):
+    # What it left, MLX would destroy after the thread was joined, with the interpreter, which may
+    # be ending by then: one server in eighty aborted at its end.
+    cleared = []
+    clear = mx.clear_streams
+    monkeypatch.setattr(
+        mx, "clear_streams", lambda: (cleared.append(threading.current_thread().name), clear())
+    )
+    if opens:
+        EngineThread(lambda: LLM(tiny_directory)).stop()
+    else:
+        with pytest.raises(ParameterError):
+            EngineThread(lambda: LLM(tiny_directory, max_batch_size=0))
+    assert cleared == ["engine"]
