@@ -168,6 +168,9 @@ def main(place: Path, num_rows: int) -> None:
         "seconds_to_find_all_done": again["seconds"],
         "seconds_to_find_all_done_in_a_touched_input": looked["seconds"],
         "seconds_to_merge": merged["seconds"],
+        "cpu_share_of_finding_all_done": again["cpu_seconds"] / whole["cpu_seconds"],
+        "cpu_share_of_finding_all_done_in_a_touched_input": looked["cpu_seconds"]
+        / whole["cpu_seconds"],
         "mib_of_few": few["mib"],
         "mib_of_all": whole["mib"],
         "mib_of_finding_all_done": again["mib"],
