@@ -8,7 +8,6 @@ from runner.models.load import LoadedModel, load_model  # First: it loads the BL
 
 # isort: split
 from runner.earlier_results import EarlierResults
-from runner.engine.cpu_math import on_cpu
 from runner.engine.draft_model import DraftModelProposer
 from runner.engine.gate import Gate
 from runner.engine.proposers import NgramProposer, PreviousProposer, Proposer, Scope
@@ -85,7 +84,7 @@ class SpeculativeOptions:
         return Speculation(
             [_proposer(name, self, target) for name in self.proposers],
             num_draft_tokens=self.num_draft_tokens,
-            gate=Gate(rests=not on_cpu()) if self.gate else None,
+            gate=Gate() if self.gate else None,
         )
 
     @classmethod

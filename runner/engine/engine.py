@@ -221,7 +221,8 @@ class Engine:
 
     def _advance(self, done: list[Completion]) -> None:
         scored = list(self._flight.scored)  # Read once the next prefill is on its way.
-        if self.speculation is not None and self.speculation.needs_draws:
+        drafting, batch = self.speculation, self._flight.batch
+        if drafting is not None and drafting.needs_draws(batch, drains=self._drains):
             done += self._collect()
         self._advance_prefill()
         self._start_ready()
@@ -243,12 +244,11 @@ class Engine:
             requests = self._scheduler.next_prompts(self._free_rows(), self._is_admitted)
             if requests:
                 self._start_prefill(requests)
-        if self._flight.prefill is None:
+        if (prefill := self._flight.prefill) is None:
             return
-        forwarded = (self.speculation or self._runner).prefill_chunk(self._flight.prefill)
-        self.stats.num_prefill_tokens += forwarded
-        if self._flight.prefill.num_left == 0:
-            prompts = self._runner.finish_prefill(self._flight.prefill)
+        self.stats.num_prefill_tokens += (self.speculation or self._runner).prefill_chunk(prefill)
+        if prefill.num_left == 0:
+            prompts = self._runner.finish_prefill(prefill)
             self.stats.count_prompts([prompt.request for prompt in prompts])
             for prompt in prompts:
                 prompt.indices = self._indices(prompt.request)
@@ -272,14 +272,14 @@ class Engine:
     def _is_admitted(self, adapter: str | None) -> bool:
         """Whether rows with an adapter may join those in flight."""
         names = {it.name for it in self._flight.adapters}
-        may_be_more = len(names) < self._runner.adapters.max_adapters
-        return adapter is None or adapter in names or may_be_more
+        return (
+            adapter is None or adapter in names or len(names) < self._runner.adapters.max_adapters
+        )
 
     def _free_rows(self, placed: Iterable[Sequence] = ()) -> FreeRows:
         """How many rows could start now, by the columns that the longest of them comes to."""
-        return self.admission.free_rows(
-            [*self._flight.batch.sequences, *placed], self.max_batch_size
-        )
+        rows = [*self._flight.batch.sequences, *placed]
+        return self.admission.free_rows(rows, self.max_batch_size)
 
     def _start_ready(self) -> None:
         """Starts as many samples of prefilled prompts as there are free rows."""
@@ -320,10 +320,14 @@ class Engine:
         self._compact()
         self._runner.reserve(*self._flight.batch.extent)
         drafting, runner = self.speculation, self._runner
-        drains = not len(self._scheduler) and not self._flight.fills
-        launched = drafting.launch(batch, drains=drains) if drafting else batch.launch(runner)
+        launched = drafting.launch(batch, drains=self._drains) if drafting else batch.launch(runner)
         self.stats.count_step(launched.num_positions)
         return launched
+
+    @property
+    def _drains(self) -> bool:
+        """Whether nothing waits for the slots of rows that are done."""
+        return not len(self._scheduler) and not self._flight.fills
 
     def _fills_up_first(self) -> bool:
         """Whether decode waits for the prefill: a batch that is mostly empty is filled first."""
@@ -338,8 +342,7 @@ class Engine:
     def _compact(self) -> None:
         """Drops empty slots once they are a quarter of the batch and nothing waits to fill them."""
         batch = self._flight.batch
-        coming = len(self._scheduler) or self._flight.fills
-        if not coming and len(batch.sequences) <= 3 * len(batch.rows) // 4:
+        if self._drains and len(batch.sequences) <= 3 * len(batch.rows) // 4:
             self._runner.caches.keep_rows(batch.compact())
 
     def _collect(self) -> list[Completion]:
@@ -376,8 +379,8 @@ class Engine:
 
         Every draw is keyed by its position, so a row that starts over draws what it had drawn.
         """
-        rows, prefilling = self._flight.batch.sequences, self._flight.prefilling
-        ready = self._flight.prefilled
+        flight = self._flight
+        rows, prefilling, ready = flight.batch.sequences, flight.prefilling, flight.prefilled
         left = unfinished(rows, ready, [(r, self._indices(r)) for r in prefilling])
         size = smaller_batch_size(
             self.max_batch_size, num_rows=len(rows), ready=ready, num_prefilling=len(prefilling)

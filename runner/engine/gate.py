@@ -5,10 +5,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2, sqrt
 
-_STALE = 64
-"""Steps after which plain decoding is timed again."""
 _FORGOTTEN = 512
-"""Steps after which a time that looked bad is not believed any more."""
+"""Steps after which a time is not believed any more: plain decoding is timed again, and a width
+that looked bad may be tried again."""
 _MARGIN = 1.05
 """How much faster drafts have to look: times are never exact."""
 _MOST_LOSS = 0.01
@@ -16,8 +15,9 @@ _MOST_LOSS = 0.01
 _KEPT_GAIN = 0.05
 """Share of the time up to which gains make up for later losses."""
 _NUM_LOOKS = 4
-"""Steps without use after which the gate rests, where looking costs something."""
-_MOST_REST = 128
+"""Steps without use after which steps are launched ahead again."""
+_MOST_REST = 8
+"""Steps between two looks where none was of use lately."""
 _NUM_PREFILLS = 3
 """Prefills of a size that are timed."""
 _PRIOR = 0.6
@@ -59,13 +59,17 @@ class Acceptance:
 
     def chance(self, row: Hashable, source: str) -> float:
         """That the next drafted token is accepted, where those before it are."""
-        known = self._sources.get(source, _Score()).chance(_PRIOR)
-        return self._rows.get(row, _Score()).chance(known)
+        return self._chance(row, source, _PRIOR)
 
     def sure(self, row: Hashable, source: str) -> float:
         """The chance that can be counted on, by what has been accepted so far."""
-        known = self._sources.get(source, _Score()).chance(_TRUSTED.get(source, 0.0))
-        return self._rows.get(row, _Score()).chance(known)
+        return self._chance(row, source, _TRUSTED.get(source, 0.0))
+
+    def _chance(self, row: Hashable, source: str, prior: float) -> float:
+        if (of_source := self._sources.get(source)) is not None:
+            prior = of_source.chance(prior)
+        of_row = self._rows.get(row)
+        return prior if of_row is None else of_row.chance(prior)
 
     def look(self, row: Hashable, *, has_draft: bool) -> None:
         """Notes whether a row has a draft."""
@@ -172,6 +176,23 @@ class _Account:
         return self.gained - loss >= -_MOST_LOSS * self.spent
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a step may be made of."""
+
+    num: int
+    """Slots of the batch, empty ones included."""
+    lengths: Sequence[int]
+    """Tokens drafted for each live row."""
+    chances: Sequence[float]
+    """Of each row's drafted tokens to be accepted, one after another."""
+    sure: Sequence[float]
+    """Those chances that can be counted on."""
+    ends: Sequence[tuple[int, float]] | None = None
+    """Where nothing waits for a row's slot, the tokens that each row has left, and the share of the
+    steps for which it has a draft."""
+
+
 class Gate:
     """Chooses how many tokens are drafted, none where plain decoding is faster.
 
@@ -181,90 +202,77 @@ class Gate:
     begin to pay.
     """
 
-    def __init__(self, *, rests: bool = False) -> None:
-        """With `rests`, does without looking for a while where looking was of no use.
-
-        That is where a step can be launched before the one before it is read, unless drafts are to
-        be made of what was read.
-        """
-        self._rests = rests
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         """Forgets all times, and what drafts gained or lost."""
         self._plain, self._verify, self._prefill = _Times(), _Times(), _Times()
-        self._step = self._num_live = 0
+        self._step = self._num_live = self._num_idle = 0
         self._accounts: dict[int, _Account] = {}
         self._account = _Account()
-        self._num_idle = 0
-        self._resting = 4 if self._rests else 0  # Plain steps to compare with.
-        self._next_rest = _NUM_LOOKS
+        self._waits = False
+        self._next_probe, self._rest = 0, 1
 
     @property
-    def looks(self) -> bool:
-        """Whether the next step may use drafts, and so needs the draws before it."""
-        return self._resting == 0
+    def waits(self) -> bool:
+        """Whether the next step may use drafts, and so waits for the draws before it.
 
-    def pass_step(self) -> None:
-        """Counts a step that is launched without looking."""
-        self._step += 1
-        self._resting = max(0, self._resting - 1)
-
-    def width(
-        self,
-        num_rows: int,
-        lengths: Sequence[int],
-        chances: Sequence[float],
-        sure: Sequence[float] | None = None,
-        ends: Sequence[tuple[int, float]] | None = None,
-    ) -> int:
-        """Positions to forward per row: 1 decodes plainly.
-
-        Args:
-            num_rows: slots of the batch, empty ones included.
-            lengths: tokens drafted for each live row.
-            chances: of each row's drafted tokens to be accepted, one after another.
-            sure: those chances that can be counted on; the same where none are given.
-            ends: where nothing waits for a row's slot, the tokens that each row has left, and the
-                share of the steps for which it has a draft.
+        Where drafts are of no use, a step is launched while the one before it runs, and `probe`
+        tells when to wait again.
         """
-        sure = chances if sure is None else sure
-        self._step, self._num_live = self._step + 1, len(lengths)
-        chosen = self._best(num_rows, lengths, chances, sure, ends) if any(lengths) else 1
+        return self._waits
+
+    def probes(self, num_rows: int) -> bool:
+        """Whether to `probe` before the next step of `num_rows` slots.
+
+        Looking for drafts takes a moment, so that it is done less often where it is of no use.
+        """
+        is_due = not self._waits and self._step >= self._next_probe
+        return is_due and self._plain_seconds(num_rows) is not None
+
+    def probe(self, rows: Rows) -> None:
+        """Looks at drafts that lack the draws of the step that runs: they tell whether to wait."""
+        # What looked good and is not, once the draws are there, was one look too many.
+        self._waits, self._num_idle = self._best(rows) > 1, _NUM_LOOKS - 1
+        self._next_probe = self._step + self._rest
+        self._rest = min(2 * self._rest, _MOST_REST)
+
+    def width(self, rows: Rows) -> int:
+        """Positions to forward per row: 1 decodes plainly."""
+        self._num_live = len(rows.lengths)
+        chosen = self._best(rows)
         self._num_idle = 0 if chosen > 1 else self._num_idle + 1
-        if chosen > 1:
-            self._next_rest = _NUM_LOOKS
-        elif self._rests and self._num_idle >= _NUM_LOOKS:
-            self._resting, self._num_idle = self._next_rest, _NUM_LOOKS // 2
-            self._next_rest = min(2 * self._next_rest, _MOST_REST)
+        self._rest = 1 if chosen > 1 else self._rest
+        self._waits = self._num_idle < _NUM_LOOKS and self._plain_seconds(rows.num) is not None
         return chosen
 
-    def _best(
-        self,
-        num_rows: int,
-        lengths: Sequence[int],
-        chances: Sequence[float],
-        sure: Sequence[float],
-        ends: Sequence[tuple[int, float]] | None,
-    ) -> int:
-        # Where steps overlap, a plain one is timed while the gate rests.
-        most_age = _FORGOTTEN if self._rests else _STALE
-        plain = self._plain.exact(num_rows, self._step, most_age=most_age)
-        if plain is None:
+    def _plain_seconds(self, num_rows: int) -> float | None:
+        return self._plain.exact(num_rows, self._step, most_age=_FORGOTTEN)
+
+    def _best(self, rows: Rows) -> int:
+        plain, num_live = self._plain_seconds(rows.num), len(rows.lengths)
+        drafted = [place for place, length in enumerate(rows.lengths) if length]
+        if plain is None or not drafted:
             return 1
-        most = max(lengths) + 1
+        lengths = [rows.lengths[place] for place in drafted]
+        chances = [rows.chances[place] for place in drafted]
+        sure = [rows.sure[place] for place in drafted]
+        most, num_others = max(lengths) + 1, num_live - len(drafted)
         # Kernels are made for multiples of powers of two: eight positions may take less time than
         # seven, and nine a quarter more.
         widths = sorted({min(most, 2**i) for i in range(1, 6)} | {most})
-        best, least = 1, _MARGIN * len(lengths) / plain
+        best, least = 1, _MARGIN * num_live / plain
         for width in widths:
             counts = [min(length, width - 1) for length in lengths]
-            seconds = self._seconds(num_rows * width)
-            speed = sum(map(_expected, counts, chances)) / seconds
-            least_gain = sum(map(_expected, counts, sure)) / len(counts) * plain - seconds
-            if speed <= least or not self._allows(num_rows, least_gain, plain):
+            seconds = self._seconds(rows.num * width)
+            speed = (num_others + sum(map(_expected, counts, chances))) / seconds
+            if speed <= least:
                 continue
-            if ends is None or _steps_saved(ends, chances, width) * plain > _MARGIN * seconds:
+            num_sure = num_others + sum(map(_expected, counts, sure))
+            if not self._allows(rows.num, num_sure / num_live * plain - seconds, plain):
+                continue
+            if rows.ends is None or _steps_saved(rows, width) * plain > _MARGIN * seconds:
                 best, least = width, speed
         return best
 
@@ -293,33 +301,36 @@ class Gate:
         self._prefill.record(num_positions, seconds, step=0)
 
     def record(
-        self, num_rows: int, width: int, seconds: float, *, num_tokens: int, looked: bool = True
+        self, num_rows: int, width: int, seconds: float, *, num_tokens: int, waited: bool = True
     ) -> None:
         """Takes the time of a step of `num_rows` slots and `width` positions each, and its tokens.
 
-        What drafts gained over plain steps, or lost, decides whether more may be tried.
+        What drafts gained over plain steps, or lost, decides whether more may be tried. A step that
+        `waited` for the draws before it may be slower than plain ones are: that was lost, too.
         """
-        plain = self._plain.exact(num_rows, self._step, most_age=_FORGOTTEN)
+        self._step += 1
+        plain = self._plain_seconds(num_rows)
         gain = 0.0
-        if width > 1 and plain is not None:
+        if waited and plain is not None:
             gain = num_tokens / self._num_live * plain - seconds
         for account in (self._account, self._account_of(num_rows)):
             account.add(seconds, gain)
         if width > 1:
             self._verify.record(num_rows * width, seconds, self._step)
-        elif looked != self._rests:
+        elif not (waited and self._waits):
             self._plain.record(num_rows, seconds, self._step)
 
 
-def _steps_saved(ends: Sequence[tuple[int, float]], chances: Sequence[float], width: int) -> float:
+def _steps_saved(rows: Rows, width: int) -> float:
     """Plain steps that one of `width` positions stands for, until the last of the rows is done.
 
     Rows that are done before the last one save nothing where nobody takes their slots, so what
     counts is not the tokens of a step but those of the row that has most left by its own pace.
     """
+    ends = rows.ends or ()
     paces = [
         1 + share * (_expected(width - 1, chance) - 1)
-        for (_, share), chance in zip(ends, chances, strict=True)
+        for (_, share), chance in zip(ends, rows.chances, strict=True)
     ]
     last = max(left / pace for (left, _), pace in zip(ends, paces, strict=True))
     return max(left for left, _ in ends) / last
@@ -327,4 +338,6 @@ def _steps_saved(ends: Sequence[tuple[int, float]], chances: Sequence[float], wi
 
 def _expected(num_drafted: int, chance: float) -> float:
     """Tokens that a row gets of a step: its own draw, and one for each drafted token accepted."""
-    return sum(chance**place for place in range(num_drafted + 1))
+    if chance == 1.0:
+        return 1.0 + num_drafted
+    return float((1.0 - chance ** (num_drafted + 1)) / (1.0 - chance))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner.engine.batch import Batch, InFlight
-from runner.engine.gate import Acceptance, Gate
+from runner.engine.gate import Acceptance, Gate, Rows
 from runner.engine.model_runner import ModelRunner, Prefill
 from runner.engine.proposers import Draft, InOrder, Proposer
 from runner.engine.rewind import check_rewind
@@ -102,7 +102,8 @@ class Launched:
     inner: InFlight | Verified
     num_rows: int
     seconds: float
-    looked: bool
+    waited: bool
+    """Whether it was launched only after the one before it was read."""
 
     @property
     def num_positions(self) -> int:
@@ -122,6 +123,22 @@ class Launched:
             yield found
         self.seconds += time.perf_counter() - started
         self.speculation.read(self, num_tokens=count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What could be drafted for the rows of a step."""
+
+    rows: list[Row]
+    counts: list[int]
+    """Tokens that a row may be drafted at most."""
+    drafts: list[Draft]
+    """Those that cost nothing."""
+    lengths: list[int]
+    """Tokens of each draft, also of those that would cost something."""
+    sources: list[str]
+    left: list[int] | None
+    """Tokens that each row has left, where nothing waits for its slot."""
 
 
 class Speculation:
@@ -149,6 +166,7 @@ class Speculation:
         self._runner: ModelRunner | None = None
         self._rows: set[Row] = set()
         self._broken: set[Row] = set()
+        self._running: Launched | None = None
 
     def bind(self, runner: ModelRunner, max_model_len: int | None) -> list[ModelRunner]:
         """Takes the model whose draws decide; returns those that draft.
@@ -162,10 +180,17 @@ class Speculation:
         found = [proposer.bind(runner.vocab_size) for proposer in self.proposers]
         return [it for it in found if it is not None]
 
-    @property
-    def needs_draws(self) -> bool:
-        """Whether the next step is launched only after the one before it is read."""
-        return self._gate is None or self._gate.looks
+    def needs_draws(self, batch: Batch, *, drains: bool) -> bool:
+        """Whether the next step is launched only after the one before it is read.
+
+        Where drafts were of no use lately, that is asked now and then of the texts without the
+        draws of the step that runs meanwhile.
+        """
+        if self._gate is None:
+            return True
+        if batch.wants_forward and self._gate.probes(len(batch.rows)):
+            self._gate.probe(self._promise(batch, self._look(batch, drains=drains)))
+        return self._gate.waits
 
     def report(self) -> dict[str, Any]:
         """The numbers as `summary.json` has them."""
@@ -193,7 +218,9 @@ class Speculation:
         assert self._runner is not None, "bound when the engine was made"
         started = time.perf_counter()
         num_positions, gate = self._runner.prefill_chunk(prefill), self._gate
-        if num_positions and gate is not None and gate.looks and gate.wants_prefill(num_positions):
+        # The time of one beside a step that runs is not its own.
+        is_timed = num_positions > 0 and self._running is None
+        if is_timed and gate is not None and gate.wants_prefill(num_positions):
             self._runner.settle()
             gate.record_prefill(num_positions, time.perf_counter() - started)
         return num_positions
@@ -204,8 +231,8 @@ class Speculation:
         Where the batch `drains`, a row that is done makes room for nobody.
         """
         assert self._runner is not None, "bound when the engine was made"
-        looked = self.needs_draws
-        if looked:
+        waits = self._gate is None or self._gate.waits
+        if waits:
             # A step is not slower because new rows were written into their slots before it.
             self._runner.settle()
         started = time.perf_counter()
@@ -213,19 +240,19 @@ class Speculation:
             self._end(row)
         self._rows = set(batch.sequences)
         self._broken &= self._rows
+        self._chances.fade()
         inner: InFlight | Verified
-        if looked and (drafts := self._drafts(batch, drains=drains)):
+        if waits and (drafts := self._drafts(batch, drains=drains)):
             inner = verify(self._runner, self._sampler, batch, drafts)
             batch.forget_device()
         else:
-            if not looked and self._gate is not None:
-                self._gate.pass_step()
             inner = batch.launch(self._runner)
         seconds = time.perf_counter() - started
-        return Launched(self, inner, len(batch.rows), seconds, looked)
+        self._running = Launched(self, inner, len(batch.rows), seconds, waits)
+        return self._running
 
-    def _drafts(self, batch: Batch, *, drains: bool) -> dict[Row, Draft]:
-        """Drafts for the rows that are worth it; none where plain decoding is faster."""
+    def _look(self, batch: Batch, *, drains: bool) -> _Look:
+        """Drafts that cost nothing, and how many tokens those that do could have."""
         rows = [row for row in batch.sequences if row.wants_forward]
         most = self.num_draft_tokens
         if self._max_model_len is not None:
@@ -241,16 +268,37 @@ class Speculation:
         for proposer in self._costly:
             lengths = [n or count for n, count in zip(lengths, counts, strict=True)]
             sources = [source or _name(proposer) for source in sources]
-        width = self._width(batch, rows, lengths, sources, left=left if drains else None)
+        for row, length in zip(rows, lengths, strict=True):
+            self._chances.look(row, has_draft=length > 0)
+        return _Look(rows, counts, drafts, lengths, sources, left if drains else None)
+
+    def _promise(self, batch: Batch, look: _Look) -> Rows:
+        """What the gate goes by."""
+        pairs = list(zip(look.rows, look.sources, strict=True))
+        chances = [self._chances.chance(row, source) for row, source in pairs]
+        sure = [self._chances.sure(row, source) for row, source in pairs]
+        ends = None
+        if look.left is not None:
+            shares = [self._chances.share(row) for row in look.rows]
+            ends = list(zip(look.left, shares, strict=True))
+        return Rows(len(batch.rows), look.lengths, chances, sure, ends)
+
+    def _drafts(self, batch: Batch, *, drains: bool) -> dict[Row, Draft]:
+        """Drafts for the rows that are worth it; none where plain decoding is faster."""
+        look = self._look(batch, drains=drains)
+        width = 1 + max(look.lengths)
+        if self._gate is not None:
+            width = self._gate.width(self._promise(batch, look))
         if width == 1:
             return {}
+        drafts = list(look.drafts)
         for proposer in self._costly:
             missing = [place for place, draft in enumerate(drafts) if not draft]
-            limits = [min(counts[i], width - 1) for i in missing]
-            found = self._asked(proposer, [rows[i] for i in missing], limits)
+            limits = [min(look.counts[i], width - 1) for i in missing]
+            found = self._asked(proposer, [look.rows[i] for i in missing], limits)
             for place, draft in zip(missing, found, strict=True):
                 drafts[place] = draft
-        pairs = zip(rows, drafts, strict=True)
+        pairs = zip(look.rows, drafts, strict=True)
         return {row: replace(it, token_ids=it.token_ids[: width - 1]) for row, it in pairs if it}
 
     def _asked(self, proposer: Proposer, rows: Sequence[Row], counts: Sequence[int]) -> list[Draft]:
@@ -260,39 +308,17 @@ class Speculation:
         drafts = zip(rows, proposer.propose(rows, counts), counts, strict=True)
         return [_cut(row, draft, count, size) for row, draft, count in drafts]
 
-    def _width(
-        self,
-        batch: Batch,
-        rows: Sequence[Row],
-        lengths: list[int],
-        sources: list[str],
-        *,
-        left: Sequence[int] | None,
-    ) -> int:
-        self._chances.fade()
-        if self._gate is None:
-            return 1 + max(lengths)
-        pairs = list(zip(rows, sources, strict=True))
-        chances = [self._chances.chance(row, source) for row, source in pairs]
-        sure = [self._chances.sure(row, source) for row, source in pairs]
-        for row, length in zip(rows, lengths, strict=True):
-            self._chances.look(row, has_draft=length > 0)
-        if left is None:
-            return self._gate.width(len(batch.rows), lengths, chances, sure)
-        shares = [self._chances.share(row) for row in rows]
-        return self._gate.width(
-            len(batch.rows), lengths, chances, sure, list(zip(left, shares, strict=True))
-        )
-
     def read(self, step: Launched, *, num_tokens: int) -> None:
         """Takes what a step came to."""
+        if step is self._running:
+            self._running = None
         is_drafted = isinstance(step.inner, Verified)
         self.stats.record(
             step.num_rows, drafted=is_drafted, tokens=num_tokens, seconds=step.seconds
         )
         if self._gate is not None:
             self._gate.record(
-                step.num_rows, step.width, step.seconds, num_tokens=num_tokens, looked=step.looked
+                step.num_rows, step.width, step.seconds, num_tokens=num_tokens, waited=step.waited
             )
         if isinstance(step.inner, Verified):
             self._read_drafts(step.inner)

@@ -16,13 +16,14 @@ from tiny import EOS, VOCAB_SIZE, assert_same, make_engine, request, run, tiny_m
 from tiny_adapters import random_adapter
 from tiny_architectures import tiny_architecture
 
+from runner.engine.batch import Batch
 from runner.engine.draft_model import DraftModelProposer
 from runner.engine.engine import Engine
-from runner.engine.gate import Gate
+from runner.engine.gate import Gate, Rows
 from runner.engine.layer_kinds import layer_kinds
 from runner.engine.proposers import Draft, NgramProposer
 from runner.engine.sequence import Sequence as Row
-from runner.engine.speculation import Speculation
+from runner.engine.speculation import Launched, Speculation
 from runner.errors import ParameterError
 from runner.types import Completion, Request
 
@@ -243,20 +244,42 @@ def test_a_swap_between_two_drafted_steps_is_recorded_where_it_was():
         assert completion.token_ids != old
 
 
-@pytest.mark.parametrize("rests", [False, True])
-def test_with_the_gate_the_result_is_the_same(rests):
+class Wavering(Gate):
+    """Waits for the draws of two steps in five, and takes whatever drafts there are then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_drafted = False
+
+    def probes(self, num_rows: int) -> bool:
+        self._waits = self.is_drafted or self._step % 5 < 2
+        self.is_drafted = False
+        return False
+
+    def width(self, rows: Rows) -> int:
+        self._num_live = len(rows.lengths)
+        self.is_drafted = any(rows.lengths)
+        return 1 + max(rows.lengths)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.4])
+@pytest.mark.parametrize("make_gate", [Gate, Wavering])
+def test_with_the_gate_the_result_is_the_same(make_gate, temperature):
     """Whatever it decides, and also where steps are launched before the one before is read."""
     rows = [
-        request([3 + i, 4, 5] * 4, f"r{i}", max_tokens=60, temperature=0.0, ignore_eos=True)
+        request(
+            [3 + i, 4, 5] * 4, f"r{i}", max_tokens=60 + i, temperature=temperature, ignore_eos=True
+        )
         for i in range(6)
     ]
     plain = run(make_engine(MODEL, max_batch_size=4), rows)
-    speculation = Speculation([NgramProposer(least=1, scope="job")], gate=Gate(rests=rests))
+    speculation = Speculation([NgramProposer(least=1, scope="job")], gate=make_gate())
     done = run(make_engine(MODEL, max_batch_size=4, speculation=speculation), rows)
     for key, completion in plain.items():
         assert_same(done[key], completion)
     kinds = {drafted for _, drafted in speculation.stats.steps}
     assert False in kinds, "plain steps are timed"
+    assert make_gate is Gate or kinds == {False, True}
 
 
 def test_what_is_cleared_is_as_new():
@@ -283,35 +306,52 @@ def test_what_is_cleared_is_as_new():
 
 def test_only_a_step_that_may_draft_waits_for_what_came_before_it():
     """So that its time is its own; elsewhere one step is launched before the last is read."""
-    speculation = Speculation([NgramProposer()], gate=Gate(rests=True))
-    engine = make_engine(MODEL, speculation=speculation)
-    settled, settle = [], engine._runner.settle
+    gate, running, seen = Wavering(), [], set()
+    speculation = Speculation([NgramProposer(least=1)], gate=gate)
+    launch, read = speculation.launch, speculation.read
 
-    def counted() -> None:
-        settled.append(speculation.needs_draws)
-        settle()
+    def launched(batch: Batch, *, drains: bool = False) -> Launched:
+        seen.add((gate.waits, len(running)))
+        running.append(launch(batch, drains=drains))
+        return running[-1]
 
-    engine._runner.settle = counted
-    run(engine, [request([5, 6, 7], "r", max_tokens=40, ignore_eos=True)])
-    assert 0 < len(settled) < engine.stats.num_steps and all(settled)
+    def has_read(step: Launched, *, num_tokens: int) -> None:
+        running.remove(step)
+        read(step, num_tokens=num_tokens)
+
+    speculation.launch, speculation.read = launched, has_read  # type: ignore[method-assign]
+    rows = [request([5, 6, 7] * 4, "r", max_tokens=40, temperature=0.0, ignore_eos=True)]
+    run(make_engine(MODEL, speculation=speculation), rows)
+    assert seen - {(False, 0)} == {(True, 0), (False, 1)}
+
+
+class Hearing(Gate):
+    """Notes the looks that it is told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Rows] = []
+
+    def probe(self, rows: Rows) -> None:
+        self.heard.append(rows)
+        super().probe(rows)
+
+    def width(self, rows: Rows) -> int:
+        self.heard.append(rows)
+        return super().width(rows)
 
 
 def test_the_gate_is_told_what_is_left_where_nobody_waits_for_a_slot():
-    gate, told = Gate(), []
-    width = gate.width
-
-    def heard(num_rows: int, lengths: Any, chances: Any, sure: Any, ends: Any = None) -> int:
-        told.append(None if ends is None else [left for left, _ in ends])
-        assert ends is None or all(0 <= share <= 1 for _, share in ends)
-        return width(num_rows, lengths, chances, sure, ends)
-
-    gate.width = heard  # type: ignore[method-assign]
-    speculation = Speculation([NgramProposer()], gate=gate)
-    engine = make_engine(MODEL, max_batch_size=2, speculation=speculation)
-    rows = [request([5, 6, 7], f"r{i}", max_tokens=10 + i, ignore_eos=True) for i in range(3)]
+    gate = Hearing()
+    engine = make_engine(
+        MODEL, max_batch_size=2, speculation=Speculation([NgramProposer()], gate=gate)
+    )
+    rows = [request([5, 6, 7], f"r{i}", max_tokens=20 + i, ignore_eos=True) for i in range(3)]
     run(engine, rows)
+    told = [None if it.ends is None else [left for left, _ in it.ends] for it in gate.heard]
     assert told[0] is None, "the third row waits"
-    assert told[-1] == [1] and len({*map(str, told)}) > 5
+    ends = [end for it in gate.heard for end in it.ends or ()]
+    assert ends and all(0 < left <= 22 and 0 <= share <= 1 for left, share in ends)
 
 
 def test_a_prefill_is_timed_for_the_gate():
