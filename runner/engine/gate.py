@@ -288,9 +288,17 @@ class Gate:
         found = self._verify.exact(num_positions, self._step, most_age=_FORGOTTEN)
         if found is not None:
             return found
-        recent = self._plain.recent(self._step) | self._verify.recent(self._step)
         # A machine's prefill is not forgotten: a long job may have none for thousands of steps.
-        return _estimated(self._prefill.recent(0) | recent, num_positions)
+        prefill = self._prefill.recent(0)
+        plain, verify = self._plain.recent(self._step), self._verify.recent(self._step)
+        if verify:
+            # A verify step has a longer past than a prefill, and logits at each position.
+            nearest = min(verify, key=lambda size: abs(log2(size / num_positions)))
+            ratio = max(1.0, verify[nearest] / _estimated(prefill | plain, nearest))
+            prefill = {size: ratio * seconds for size, seconds in prefill.items()}
+        steps = plain | verify
+        estimated = _estimated(prefill | steps, num_positions)
+        return max([estimated, *(t for size, t in steps.items() if size <= num_positions)])
 
     def wants_prefill(self, num_positions: int) -> bool:
         """Whether the time of a prefill of that size is still to be taken, which costs a wait."""
