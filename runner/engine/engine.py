@@ -271,10 +271,8 @@ class Engine:
 
     def _is_admitted(self, adapter: str | None) -> bool:
         """Whether rows with an adapter may join those in flight."""
-        names = {it.name for it in self._flight.adapters}
-        return (
-            adapter is None or adapter in names or len(names) < self._runner.adapters.max_adapters
-        )
+        names, most = {it.name for it in self._flight.adapters}, self._runner.adapters.max_adapters
+        return adapter is None or adapter in names or len(names) < most
 
     def _free_rows(self, placed: Iterable[Sequence] = ()) -> FreeRows:
         """How many rows could start now, by the columns that the longest of them comes to."""
@@ -385,7 +383,7 @@ class Engine:
         size = smaller_batch_size(
             self.max_batch_size, num_rows=len(rows), ready=ready, num_prefilling=len(prefilling)
         )
-        self._flight = self._flight.emptied()
+        self._flight = flight.emptied()
         self._runner.drop_caches()
         if size == 0:
             message = f"memory ran out for this row alone: {reason}"
