@@ -28,8 +28,7 @@ from runner.types import Completion, ErrorInfo, Request
 class Engine:
     """Continuous batching over padded row slots, aligned at column 0.
 
-    Knows token ids only: no text (stop strings come with a `decode`), no files, no HTTP. One
-    thread may use it.
+    Knows token ids only: no files, no HTTP, no text but for stop strings. One thread may use it.
     """
 
     def __init__(
