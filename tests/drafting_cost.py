@@ -3,8 +3,8 @@
 `python drafting_cost.py MODEL ROUNDS WORKLOAD...` prints, as a line of JSON for each workload, how
 much faster than the first the second one without drafts is, which is noise, and the one with
 `speculative=auto`, from a cold start each round. What slows a machine down for some seconds slows
-all three alike, so that a few rounds show a difference of 1 %. `lost` is what trials of drafts cost
-at most, by the gate's own account, as a share of the time.
+all three alike; single rounds still differ by some 5 %, and engines may for as long as they live.
+`lost` is what trials of drafts cost at most, by the gate's own account, as a share of the time.
 """
 
 import json

@@ -24,8 +24,7 @@ def numbers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 
 def test_it_keeps_up_with_any_model(numbers):
-    # More than 6000 where it was measured; a slow hour of a shared machine is not a fault.
-    assert numbers["rows_per_cpu_second"] > 4000
+    assert numbers["rows_per_cpu_second"] > 5000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -41,5 +40,5 @@ def test_memory_does_not_grow_with_the_rows(numbers):
 def test_a_finished_directory_is_found_done_at_once(numbers):
     # Of the processor time of the run that did them: how fast a machine is, and what else it does,
     # is in both.
-    assert numbers["cpu_share_of_finding_all_done"] < 0.15
-    assert numbers["cpu_share_of_finding_all_done_in_a_touched_input"] < 0.6
+    assert numbers["cpu_share_of_finding_all_done"] < 0.1
+    assert numbers["cpu_share_of_finding_all_done_in_a_touched_input"] < 0.45
