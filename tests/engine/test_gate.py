@@ -383,10 +383,10 @@ def test_what_a_prefill_tells_is_set_right_by_what_drafts_took():
     gate = Gate()
     gate.record_prefill(200, 1.2)
     plain_steps(gate, 1.0, num_rows=32)
-    assert gate.width(rows(32, [3] * 32, [0.5] * 32)) == 4
+    assert gate.width(rows(32, [3] * 32, [0.55] * 32)) == 4
     for _ in range(2):
         gate.record(32, 2, 1.9, num_tokens=61)
-    assert gate.width(rows(32, [3] * 32, [0.5] * 32)) == 1
+    assert gate.width(rows(32, [3] * 32, [0.55] * 32)) == 1
 
 
 def test_a_few_prefills_of_a_size_are_timed():
