@@ -160,6 +160,19 @@ def _estimated(known: Mapping[int, float], num_positions: int) -> float:
     return known[below] * (1 - share) + known[above] * share
 
 
+def _least_beyond(plain: Mapping[int, float], num_positions: int) -> float:
+    """What a size beyond the plain steps takes at least, by what more rows cost in those.
+
+    On a processor that many rows keep busy, more positions cost as much. As if time grew evenly, up
+    to twice the most rows; numbers of rows that are near to one another say nothing.
+    """
+    fewest, most = min(plain, default=0), max(plain, default=0)
+    if most < max(2 * fewest, 2) or num_positions <= most:
+        return 0.0
+    slope = (plain[most] - plain[fewest]) / (most - fewest)
+    return plain[most] + slope * (min(num_positions, 2 * most) - most)
+
+
 @dataclass(slots=True)
 class _Account:
     """What drafts gained over plain steps, or lost."""
@@ -297,8 +310,9 @@ class Gate:
             ratio = max(1.0, verify[nearest] / _estimated(prefill | plain, nearest))
             prefill = {size: ratio * seconds for size, seconds in prefill.items()}
         steps = plain | verify
+        smaller = (seconds for size, seconds in steps.items() if size <= num_positions)
         estimated = _estimated(prefill | steps, num_positions)
-        return max([estimated, *(t for size, t in steps.items() if size <= num_positions)])
+        return max([estimated, _least_beyond(plain, num_positions), *smaller])
 
     def wants_prefill(self, num_positions: int) -> bool:
         """Whether the time of a prefill of that size is still to be taken, which costs a wait."""

@@ -389,6 +389,26 @@ def test_what_a_prefill_tells_is_set_right_by_what_drafts_took():
     assert gate.width(rows(32, [3] * 32, [0.55] * 32)) == 1
 
 
+@pytest.mark.parametrize(
+    ("fewer_rows", "chance", "width"),
+    [
+        ((16, 1.0), 0.5, 2),
+        ((16, 0.55), 0.5, 1),
+        ((16, 0.55), 0.9, 4),
+        ((28, 0.5), 0.5, 2),
+        ((16, 1.5), 0.5, 4),
+    ],
+    ids=["as fast", "faster", "faster, good drafts", "nearly as many", "slower"],
+)
+def test_what_more_rows_cost_more_positions_do_too(fewer_rows, chance, width):
+    """As a line tells from numbers of rows that are far enough apart; a prefill is of one row."""
+    gate = Gate()
+    gate.record_prefill(64, 0.9)
+    plain_steps(gate, fewer_rows[1], num_rows=fewer_rows[0])
+    plain_steps(gate, 1.0, num_rows=32)
+    assert gate.width(rows(32, [3] * 32, [chance] * 32)) == width
+
+
 def test_a_few_prefills_of_a_size_are_timed():
     gate = Gate()
     for _ in range(3):
