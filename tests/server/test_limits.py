@@ -156,7 +156,7 @@ def test_the_openai_client_waits_and_comes_again(
     engine: EngineThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, slept = Clock(), []
-    service = limited(engine, clock, requests_per_minute=60)
+    service = limited(engine, clock, requests_per_minute=20)
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)
@@ -165,7 +165,7 @@ def test_the_openai_client_waits_and_comes_again(
     async def talk() -> str:
         http = httpx.AsyncClient(transport=httpx.ASGITransport(create_app(service)))
         async with openai.AsyncOpenAI(api_key="a", base_url="http://it/v1", http_client=http) as it:
-            await asyncio.gather(*(it.models.list() for _ in range(60)))
+            await asyncio.gather(*(it.models.list() for _ in range(20)))
             assert slept == []
             # What the client waits with before it tries again.
             monkeypatch.setattr("openai._base_client.anyio.sleep", sleep)
@@ -175,7 +175,7 @@ def test_the_openai_client_waits_and_comes_again(
             assert refusal.value.code == "rate_limit_exceeded"
             return answer.object
 
-    assert asyncio.run(talk()) == "text_completion" and slept == [1.0]
+    assert asyncio.run(talk()) == "text_completion" and slept == [3.0]
 
 
 def test_an_allowance_without_limits_says_nothing() -> None:
